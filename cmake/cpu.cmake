@@ -1,0 +1,31 @@
+# libpumice_cpu: every operator's schema and the CPU kernels.
+#
+# Each file in PUMICE_CPU_ISA_SOURCES is compiled once per instruction set, into the namespace
+# pumice::cpu::PUMICE_ISA; dispatch.cpp chooses a table of function pointers when the library loads.
+set(PUMICE_CPU_SOURCES csrc/ops.cpp csrc/cpu/isa.cpp csrc/cpu/dispatch.cpp csrc/cpu/ops_int8.cpp)
+set(PUMICE_CPU_ISA_SOURCES csrc/cpu/int8_kernels.cpp)
+
+set(PUMICE_CPU_ISAS portable)
+set(PUMICE_ISA_FLAGS_portable "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND PUMICE_CPU_ISAS avx2 avx512vnni)
+  set(PUMICE_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(PUMICE_ISA_FLAGS_avx512vnni -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2
+                                  -mfma -mf16c -mprefer-vector-width=512)
+endif()
+
+add_library(pumice_cpu SHARED ${PUMICE_CPU_SOURCES})
+target_include_directories(pumice_cpu PRIVATE csrc)
+target_compile_options(pumice_cpu PRIVATE -Wall -Wextra -Wno-unused-parameter)
+target_link_libraries(pumice_cpu PRIVATE torch_stable)
+
+foreach(isa IN LISTS PUMICE_CPU_ISAS)
+  add_library(pumice_cpu_${isa} OBJECT ${PUMICE_CPU_ISA_SOURCES})
+  target_include_directories(pumice_cpu_${isa} PRIVATE csrc)
+  # -ffp-contract=off: a result must not depend on the instruction set by a fused rounding.
+  target_compile_options(pumice_cpu_${isa} PRIVATE -O3 -ffp-contract=off -fno-math-errno -Wall
+    -Wextra ${PUMICE_ISA_FLAGS_${isa}} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+  target_compile_definitions(pumice_cpu_${isa} PRIVATE PUMICE_ISA=${isa})
+  target_compile_definitions(pumice_cpu PRIVATE PUMICE_HAS_ISA_${isa})
+  target_sources(pumice_cpu PRIVATE $<TARGET_OBJECTS:pumice_cpu_${isa}>)
+endforeach()

@@ -1,0 +1,28 @@
+// Every operator of pumice, with one line of maths: the table of contents of the library.
+//
+// Sizes: M tokens (all leading dimensions of x, flattened), K input features, N output features.
+// Implementations: csrc/cpu/ops_*.cpp and csrc/cuda/*/ops_*.cu. Fakes and autograd: python/pumice/ops/.
+#include "common/torch_api.h"
+
+PUMICE_LIBRARY(m) {
+  // q[m,k] = round(x[m,k]·smooth[k] / scale[m]),  scale[m] = max_k |x[m,k]·smooth[k]| / 127
+  // (one scale for the tensor with per_tensor; the given one with scale). With a threshold, values
+  // not below it are left out of the maximum and become q = 0, and outliers[k] says which columns
+  // hold one.
+  m.def(
+      "int8_quantize(Tensor x, *, bool per_tensor=False, float? threshold=None, Tensor? smooth=None,"
+      " Tensor? scale=None) -> (Tensor q, Tensor scale, Tensor outliers)");
+
+  // y[m,n] = (Σ_k q[m,k]·qweight[n,k]) · scale[m] · weight_scale[n] + bias[n]
+  m.def(
+      "int8_linear(Tensor q, Tensor scale, Tensor qweight, Tensor weight_scale, Tensor? bias, *,"
+      " ScalarType out_dtype) -> Tensor");
+
+  // LLM.int8(): y[m,n] = (s[m]·Σ_k q[m,k]·qweight[n,k] + Σ_{k∈O} r[m,k]·qweight[n,k])·weight_scale[n]
+  // + bias[n], with q, s as above, O the columns holding an outlier and r = x - s·q what int8 left
+  // over there (in 16 bit); per_element keeps only the outlying elements in r, so that no row
+  // depends on another.
+  m.def(
+      "int8_mixed_linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? bias, *,"
+      " float threshold=6.0, bool per_element=False) -> Tensor");
+}
