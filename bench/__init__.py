@@ -1,0 +1,1 @@
+"""Microbenchmarks of pumice beside its peers: ``python -m bench --help``."""

@@ -1,0 +1,80 @@
+"""``python -m bench``: one subcommand an op, peers beside pumice in one run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from bench import int8 as int8_bench
+from bench import outlier_weights, readme, results
+from bench.machine import describe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_M = {"cpu": "1,16,128", "cuda": "1,4,8,16,32,64,128,512,2048,8192"}
+DEFAULT_SHAPES = {"cpu": "4096x4096", "cuda": "4096x4096,8192x8192,28672x8192"}
+DEFAULT_DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
+
+
+@app.command()
+def int8(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    m: Annotated[str, typer.Option(help="token counts, comma-separated")] = "",
+    shapes: Annotated[str, typer.Option(help="NxK of the weights, comma-separated")] = "",
+    dtypes: Annotated[str, typer.Option(help="activation types, comma-separated")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
+    seconds: Annotated[float, typer.Option(help="time for each contender and case")] = 1.0,
+    record: Annotated[bool, typer.Option(help="keep the numbers in bench/results")] = False,
+    png: Annotated[Path | None, typer.Option(help="draw the speed-ups into this file")] = None,
+) -> None:
+    """W8A8 and LLM.int8() linears beside torch, fbgemm, aten and bitsandbytes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU here", param_hint="--device")
+    if threads:
+        torch.set_num_threads(threads)
+    machine = describe(torch.device(device))
+    console.print(f"{machine.name}: copy bandwidth {machine.bandwidth / 1e9:.1f} GB/s")
+    cases = [
+        int8_bench.Case(int(tokens), *map(int, shape.split("x")))
+        for shape in (shapes or DEFAULT_SHAPES[device]).split(",")
+        for tokens in (m or DEFAULT_M[device]).split(",")
+    ]
+    rows: list[results.Row] = []
+    for name in (dtypes or DEFAULT_DTYPES[device]).split(","):
+        rows += int8_bench.run(
+            cases, machine, torch.device(device), DTYPES[name], seconds, console.log
+        )
+    console.print(Markdown(results.markdown(rows)))
+    if record:
+        console.print(f"recorded in {results.record(machine, 'int8', rows)}")
+    if png:
+        results.plot(rows, f"int8 linear, {machine.name}", png)
+
+
+@app.command(name="outlier-weights")
+def outlier_weights_command() -> None:
+    """LLM.int8()'s outlier columns by dequantized or kept 16-bit weights: error and memory."""
+    console.print(Markdown(outlier_weights.table()))
+
+
+@app.command(name="readme")
+def readme_command(
+    check: Annotated[bool, typer.Option(help="only say whether it is up to date")] = False,
+) -> None:
+    """Rewrite the README's tables from the recorded results."""
+    path = Path(__file__).parents[1] / "README.md"
+    if not readme.rewrite(path, check=check) and check:
+        console.print("README.md is not what bench/results gives: run python -m bench readme")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

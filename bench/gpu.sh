@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in the order in which a failure is cheapest: the suite on `cuda`,
+# compute-sanitizer over the op tests, then the benchmarks, recorded in bench/results/.
+#   bench/gpu.sh [wheel]    installs the wheel first when one is given
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+out=${OUT:-bench/results}
+
+[ $# -ge 1 ] && "$python" -m pip install --no-deps --force-reinstall "$1"
+"$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"'
+"$python" -c 'import pumice; print(pumice.doctor())'
+
+"$python" -m pytest -q tests/ops tests/emulator -k "cuda" 2>&1 | tee "$out/pytest.log"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -q -x tests/ops -k "cuda and sanitizer" 2>&1 | tee "$out/$tool.log"
+  done
+fi
+"$python" -m bench int8 --device cuda --record
+"$python" -m bench readme

@@ -1,0 +1,58 @@
+"""The README's tables of measured speeds, generated from the recorded results.
+
+Each table says on which machine, when and beside which torch it was measured; a kernel whose
+sources changed since (another digest than the recorded one) is named as such. `--check` fails when
+the README is not what the recorded results and the present sources give.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.results import RESULTS, load, markdown, rows_of
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def changed_kernels(recorded: dict[str, str], present: dict[str, str]) -> list[str]:
+    return sorted(name for name, digest in recorded.items() if present.get(name) != digest)
+
+
+def render(folder: Path = RESULTS) -> str:
+    from pumice import _C
+
+    present = {kernel["name"]: kernel["digest"] for kernel in _C.kernels()}
+    cuda = sorted(k["name"] for k in _C.kernels() if k["device"] == "cuda")
+    parts: list[str] = []
+    ran_on_gpu: set[str] = set()
+    for path in sorted(folder.glob("*.json")):
+        machine, ops = load(path)
+        for op, entry in ops.items():
+            parts.append(
+                f"**{op}** on {machine['name']}, copy bandwidth {machine['bandwidth'] / 1e9:.0f} "
+                f"GB/s, torch {entry['torch']}, {entry['date']}:"
+            )
+            parts.append(markdown(rows_of(entry)))
+            changed = changed_kernels(entry["digests"], present)
+            if changed:
+                parts.append("Changed since this was measured: " + ", ".join(changed) + ".")
+            if machine["device"] == "cuda":
+                ran_on_gpu |= set(entry["digests"]) - set(changed)
+    never = [name for name in cuda if name not in ran_on_gpu]
+    if never:
+        parts.append(
+            "CUDA kernels **not yet run on a GPU** in this form (checked in the emulator and by "
+            "their machine code only): " + ", ".join(f"`{name}`" for name in never) + "."
+        )
+    return "\n\n".join(parts)
+
+
+def rewrite(readme: Path, *, check: bool = False) -> bool:
+    """Replace the text between the markers; True if nothing changed."""
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    wanted = f"{before}{BEGIN}\n{render()}\n{END}{after}"
+    if wanted != text and not check:
+        readme.write_text(wanted)
+    return wanted == text
