@@ -1,0 +1,69 @@
+"""What nvcc made of the kernels: no spills, and the instructions they are about."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+# kernel name (as in the catalogue) -> instructions its machine code must hold, for sm_80 and up.
+EXPECTED = {
+    "int8_quantize": ["F2I"],
+    "int8_gemm": ["IMMA.16832.S8.S8", "HMMA.16816.F32", "LDGSTS", "LDSM"],
+    "int8_small_m": ["HMMA.16816.F32"],
+}
+
+
+def dump(cuobjdump, option, library) -> str:
+    return subprocess.run(
+        [cuobjdump, option, library], check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def machine_code(cuobjdump, cuda_library) -> dict[str, str]:
+    """The machine code of each function, by its mangled name, all architectures together."""
+    functions: dict[str, list[str]] = {}
+    for part in dump(cuobjdump, "-sass", cuda_library).split("Function : ")[1:]:
+        name, _, code = part.partition("\n")
+        functions.setdefault(name.strip(), []).append(code)
+    assert functions
+    return {name: "\n".join(parts) for name, parts in functions.items()}
+
+
+def test_no_kernel_spills(cuobjdump, cuda_library):
+    """Neither spills to local memory nor arrays that landed there: STACK and LOCAL are 0."""
+    text = dump(cuobjdump, "-res-usage", cuda_library)
+    usage = re.findall(r"Function (\S+):\s*\n\s*(.*)", text)
+    assert usage
+    for name, line in usage:
+        values = dict(re.findall(r"(STACK|LOCAL):(\d+)", line))
+        assert values == {"STACK": "0", "LOCAL": "0"}, f"{name}: {line}"
+
+
+def test_every_architecture_is_there(cuobjdump, cuda_library):
+    from pumice import _C
+
+    elf = dump(cuobjdump, "-lelf", cuda_library)
+    ptx = dump(cuobjdump, "-lptx", cuda_library)
+    for architecture in _C.build_info()["cuda_architectures"]:
+        number, _, kind = architecture.partition("-")
+        assert f"sm_{number}" in (ptx if kind == "virtual" else elf), architecture
+        if not kind:  # like "90": machine code and PTX
+            assert f"sm_{number}" in ptx or f"compute_{number}" in ptx
+
+
+@pytest.mark.parametrize("kernel", sorted(EXPECTED))
+def test_instructions(machine_code, kernel):
+    code = "\n".join(text for name, text in machine_code.items() if kernel in name)
+    assert code, f"no function of kernel {kernel} in the library"
+    missing = [opcode for opcode in EXPECTED[kernel] if opcode not in code]
+    assert not missing, f"{kernel} lacks {missing}"
+
+
+def test_every_cuda_kernel_has_an_expectation():
+    from pumice import _C
+
+    names = {k["name"] for k in _C.kernels() if k["device"] == "cuda"}
+    assert names <= set(EXPECTED), f"say in EXPECTED what {names - set(EXPECTED)} must compile to"
