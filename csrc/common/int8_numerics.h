@@ -8,7 +8,9 @@
 #if defined(__CUDACC__)
 #define PUMICE_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define PUMICE_HOST_DEVICE inline
+// Internal to each file and always inlined: the CPU kernels are compiled once per instruction set,
+// and a shared inline function would be kept in only one of those versions.
+#define PUMICE_HOST_DEVICE static inline __attribute__((always_inline))
 #endif
 
 namespace pumice {

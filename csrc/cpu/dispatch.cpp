@@ -1,0 +1,27 @@
+#include "cpu/dispatch.h"
+
+#include "cpu/isa.h"
+
+namespace pumice::cpu {
+
+// A build for another processor holds the portable kernels alone.
+#if defined(PUMICE_HAS_ISA_avx2) && defined(PUMICE_HAS_ISA_avx512vnni)
+#define PUMICE_SELECT(table)                            \
+  (active_isa() == Isa::kAvx512Vnni ? avx512vnni::table \
+   : active_isa() == Isa::kAvx2     ? avx2::table       \
+                                    : portable::table)
+#else
+#define PUMICE_SELECT(table) (portable::table)
+#endif
+
+const Int8QuantizeKernels& int8_quantize_kernels() {
+  static const Int8QuantizeKernels& kernels = PUMICE_SELECT(int8_quantize_kernels);
+  return kernels;
+}
+
+const Int8GemmKernels& int8_gemm_kernels() {
+  static const Int8GemmKernels& kernels = PUMICE_SELECT(int8_gemm_kernels);
+  return kernels;
+}
+
+}  // namespace pumice::cpu

@@ -1,0 +1,117 @@
+// kernel: int8_gemm
+//
+// y = ((q @ weight^T) · scale + residual @ weight[:, outliers]^T) · weight_scale + bias
+//
+// Both operands are contiguous along K, so a tile is kTileM × kTileN dot products and nothing is
+// packed: kTileN weight rows stay in L1 while all rows of q (in L2) stream past them. The weight
+// columns of the outliers are picked from those same rows.
+#include <algorithm>
+
+#include "cpu/element.h"
+#include "cpu/int8_kernels.h"
+#include "cpu/int8_tile_portable.h"
+
+namespace pumice::cpu::PUMICE_ISA {
+namespace {
+
+typedef float Panel __attribute__((vector_size(kPanelRows * sizeof(float))));
+
+// Up to kTileN columns of y: what the epilogue needs of each, and the outliers' share of every row.
+struct ColumnTile {
+  int64_t begin;
+  int count;
+  const int8_t* rows[kTileN];  // of weight; past the end the last one again
+  float scale[kTileN];
+  float bias[kTileN];
+  Panel outliers[kTileN][kMaxGemmRows / kPanelRows];
+};
+
+void begin_column_tile(const Int8GemmJob& job, int64_t begin, int64_t end, ColumnTile& tile) {
+  tile.begin = begin;
+  tile.count = static_cast<int>(std::min<int64_t>(kTileN, end - begin));
+  for (int j = 0; j < kTileN; ++j) {
+    const int64_t n = std::min(begin + j, end - 1);
+    tile.rows[j] = job.weight + n * job.k;
+    tile.scale[j] = job.weight_scale[n * job.weight_scale_stride];
+    tile.bias[j] = job.bias.data ? load_element(job.bias.data, job.bias.dtype, n) : 0.0f;
+  }
+}
+
+// outliers[n][m] = Σ_j residual[m, j] · weight[n, columns[j]], 16 rows to a register. The sum over
+// j is one running sum for each (m, n), so a row's bits depend on no other row.
+void add_outliers(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, ColumnTile& tile) {
+  constexpr int64_t kChunk = 256;
+  float weight[kChunk][kTileN];
+  const int64_t first_panel = m_begin / kPanelRows;
+  const int64_t panels = (m_end - m_begin + kPanelRows - 1) / kPanelRows;
+  for (int n = 0; n < kTileN; ++n) {
+    for (int64_t p = 0; p < panels; ++p) tile.outliers[n][p] = Panel{};
+  }
+  for (int64_t begin = 0; begin < job.outlier_count; begin += kChunk) {
+    const int64_t count = std::min(kChunk, job.outlier_count - begin);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int n = 0; n < kTileN; ++n) {
+        weight[j][n] = static_cast<float>(tile.rows[n][job.outlier_columns[begin + j]]);
+      }
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const Panel* residual = reinterpret_cast<const Panel*>(job.residual) +
+                              (first_panel + p) * job.outlier_count + begin;
+      Panel sums[kTileN];
+      for (int n = 0; n < kTileN; ++n) sums[n] = tile.outliers[n][p];
+      for (int64_t j = 0; j < count; ++j) {
+        for (int n = 0; n < kTileN; ++n) sums[n] += residual[j] * weight[j][n];
+      }
+      for (int n = 0; n < kTileN; ++n) tile.outliers[n][p] = sums[n];
+    }
+  }
+}
+
+// Rows [row, row + kRows) of the tile.
+template <int kRows>
+void row_tile(const Int8GemmJob& job, int64_t m_begin, int64_t row, const ColumnTile& tile) {
+  int32_t sums[kTileM][kTileN];
+  dot_tile<kRows>(job.q, job.prepared, row, job.k, tile.rows, sums);
+  for (int i = 0; i < kRows; ++i) {
+    const float scale = job.scale[(row + i) * job.scale_stride];
+    const int64_t in_block = row + i - m_begin;
+    for (int j = 0; j < tile.count; ++j) {
+      float y = static_cast<float>(sums[i][j]) * scale;
+      if (job.outlier_count) y += tile.outliers[j][in_block / kPanelRows][in_block % kPanelRows];
+      y = y * tile.scale[j] + tile.bias[j];
+      store_element(job.y, job.y_dtype, (row + i) * job.n + tile.begin + j, y);
+    }
+  }
+}
+
+template <int kRows>
+void last_row_tile(const Int8GemmJob& job, int64_t m_begin, int64_t row, int64_t count,
+                   const ColumnTile& tile) {
+  if constexpr (kRows > 0) {
+    if (count == kRows) return row_tile<kRows>(job, m_begin, row, tile);
+    last_row_tile<kRows - 1>(job, m_begin, row, count, tile);
+  }
+}
+
+void gemm(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  ColumnTile tile;
+  for (int64_t n = n_begin; n < n_end; n += kTileN) {
+    begin_column_tile(job, n, n_end, tile);
+    if (job.outlier_count) add_outliers(job, m_begin, m_end, tile);
+    int64_t m = m_begin;
+    for (; m + kTileM <= m_end; m += kTileM) row_tile<kTileM>(job, m_begin, m, tile);
+    last_row_tile<kTileM - 1>(job, m_begin, m, m_end - m, tile);
+  }
+}
+
+int64_t prepared_bytes(int64_t m, int64_t k) { return prepared_bytes_of(m, k); }
+
+void prepare_rows(const Int8GemmJob& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) prepare_row(job.q, job.k, row, job.prepared);
+}
+
+}  // namespace
+
+const Int8GemmKernels int8_gemm_kernels = {prepared_bytes, prepare_rows, gemm};
+
+}  // namespace pumice::cpu::PUMICE_ISA
