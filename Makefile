@@ -10,6 +10,7 @@ JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemTotal/{m=int($$2/4194304); if(m<1)
 
 BIN := $(VENV)/bin
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
+export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test lint emulator wheel bench clean help
