@@ -8,9 +8,9 @@ PUMICE_LIBRARY(m) {
   // q[m,k] = round(x[m,k]·smooth[k] / scale[m]),  scale[m] = max_k |x[m,k]·smooth[k]| / 127
   // (one scale for the tensor with per_tensor; the given one with scale). With a threshold, values
   // not below it are left out of the maximum and become q = 0, and outliers[k] says which columns
-  // hold one.
+  // hold one. (No argument is keyword-only: register_autograd allows no such tensors.)
   m.def(
-      "int8_quantize(Tensor x, *, bool per_tensor=False, float? threshold=None, Tensor? smooth=None,"
+      "int8_quantize(Tensor x, bool per_tensor=False, float? threshold=None, Tensor? smooth=None,"
       " Tensor? scale=None) -> (Tensor q, Tensor scale, Tensor outliers)");
 
   // y[m,n] = (Σ_k q[m,k]·qweight[n,k]) · scale[m] · weight_scale[n] + bias[n]

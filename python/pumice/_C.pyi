@@ -1,3 +1,4 @@
+# ruff: noqa: N999  (the name of the compiled module)
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...

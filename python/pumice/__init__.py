@@ -1,7 +1,20 @@
 """Pumice: kernels that make language models smaller and faster, and the methods that feed them."""
 
-from pumice import ops
+from pumice import nn, ops, quantize
+from pumice.compress import compress
+from pumice.quantize import Int8, LLMInt8
+from pumice.report import Report, report
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "Int8",
+    "LLMInt8",
+    "Report",
+    "__version__",
+    "compress",
+    "nn",
+    "ops",
+    "quantize",
+    "report",
+]

@@ -82,7 +82,6 @@ def int8_quantize(
 
 def _fake(
     x: Tensor,
-    *,
     per_tensor: bool = False,
     threshold: float | None = None,
     smooth: Tensor | None = None,

@@ -1,0 +1,159 @@
+"""The one verb: replace the linear layers of a model by compressed ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pumice._calibrate import Measurement, measure
+from pumice._targets import DEFAULT_EXCLUDE, Selection, find_targets
+from pumice.nn._replace import leave_fused_paths, replace_modules
+from pumice.quantize.recipe import Progress, Recipe
+from pumice.report import LayerReport, Report, attach_report, bytes_of, find_report
+
+__all__ = ["DEFAULT_EXCLUDE", "compress"]
+
+
+def compress(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Iterable[Any] | None = None,
+    *,
+    include: Selection | None = None,
+    exclude: Selection = DEFAULT_EXCLUDE,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Compress the linear layers of any PyTorch model.
+
+    ::
+
+        model = pumice.compress(model, pumice.LLMInt8(threshold=6.0))
+        print(pumice.report(model))
+
+    Left as they are: output embeddings (``lm_head``); layers whose weight is tied to an embedding
+    or another layer that stays; layers not called through ``nn.Linear.forward`` (a subclass with
+    its own, ``nn.MultiheadAttention``'s ``out_proj``, parametrized weights). The report names them.
+    A layer standing in two places is replaced by one layer in both.
+
+    Args:
+        model: on a device that pumice has kernels for.
+        recipe: the method, e.g. :class:`pumice.LLMInt8` or :class:`pumice.Int8`.
+        calibration: inputs of the model, each a tensor, a tuple of arguments or a dict of keyword
+            arguments. Where given, the uncompressed model runs on them and the report holds outlier
+            columns and the relative error of each layer's output. Nothing is stored of them.
+        include: which linear layers; all if None. One name pattern or several (``"*.mlp.*"``,
+            ``"q_proj"``; :mod:`fnmatch` on the qualified name and on its last part), or a function
+            (name, module) -> bool.
+        exclude: which not, in the same form; wins over ``include``. Pass ``()`` to have output
+            embeddings compressed too.
+        inplace: change ``model`` itself. Otherwise the result is independent of it, as a deep copy
+            would be: uncompressed parameters are copied, but the weights replaced never are, so the
+            extra memory is that of the result.
+        progress: called after each layer with (layers done, layers in all, name).
+
+    Returns:
+        The compressed model: ``model`` itself with ``inplace``, unless it is a bare ``nn.Linear``,
+        which nothing holds and whose replacement is returned.
+
+    Raises:
+        ValueError: no linear layer, or none chosen (the reasons are listed); weights holding NaN or
+            infinities (the layer is named); an empty calibration.
+        TypeError: an argument of the wrong type.
+
+    Whatever is raised, ``model`` is as before: replacements are put in place when all are made.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress: model must be an nn.Module, not {type(model).__name__}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            "compress: recipe must be a pumice recipe such as pumice.LLMInt8(), not "
+            f"{recipe!r} (pumice.quantize.make_recipe makes one by name)"
+        )
+    if isinstance(calibration, (Tensor, Mapping, str)):
+        raise TypeError(
+            "compress: calibration must be an iterable of inputs, not one "
+            f"{type(calibration).__name__}; pass a list of them"
+        )
+    targets = find_targets(model, include, exclude)
+    layers = targets.layers
+    replacements = recipe.compress_layers(model, layers, calibration, progress or _silent)
+    measurements: dict[str, Measurement] = {}
+    if calibration is not None:
+        measurements = measure(model, layers, replacements, calibration, recipe.outlier_threshold)
+    bytes_before = bytes_of(model)
+    rows = [
+        _row(name, linear, replacements[name], measurements.get(name, Measurement()))
+        for name, linear in layers.items()
+    ]
+    previous = find_report(model)
+    for name, linear in layers.items():
+        _keep_hooks(linear, replacements[name])
+
+    if inplace:
+        model = replace_modules(model, replacements)
+    else:
+        # A deep copy that meets a replacement wherever it comes to a replaced layer.
+        memo: dict[int, Any] = {id(layers[name]): new for name, new in replacements.items()}
+        model = copy.deepcopy(model, memo)
+        leave_fused_paths(model)
+    attach_report(model, _merge(previous, recipe, rows, targets.skipped, bytes_before, model))
+    return model
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    pass
+
+
+def _row(
+    name: str, linear: nn.Linear, replacement: nn.Module, measured: Measurement
+) -> LayerReport:
+    return LayerReport(
+        name=name,
+        layer=type(replacement).__name__,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        bytes_before=bytes_of(linear),
+        bytes_after=bytes_of(replacement),
+        outlier_columns=measured.outlier_columns,
+        outlier_fraction=measured.outlier_fraction,
+        relative_error=measured.relative_error,
+    )
+
+
+def _keep_hooks(linear: nn.Linear, replacement: nn.Module) -> None:
+    """The caller's hooks go on being called."""
+    for attribute in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ):
+        getattr(replacement, attribute).update(getattr(linear, attribute))
+
+
+def _merge(
+    previous: Report | None,
+    recipe: Recipe,
+    rows: list[LayerReport],
+    skipped: dict[str, str],
+    bytes_before: int,
+    model: nn.Module,
+) -> Report:
+    """One report for a model that was compressed in several steps."""
+    done = {row.name for row in rows}
+    if previous is not None:
+        rows = previous.layers + rows
+        skipped = {**previous.skipped, **skipped}
+        bytes_before = previous.model_bytes_before
+    return Report(
+        recipes=[*(previous.recipes if previous else []), recipe.to_dict()],
+        layers=rows,
+        skipped={name: why for name, why in skipped.items() if name not in done},
+        model_bytes_before=bytes_before,
+        model_bytes_after=bytes_of(model),
+    )
