@@ -12,6 +12,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(PUMICE_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(PUMICE_ISA_FLAGS_avx512vnni -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2
                                   -mfma -mf16c -mprefer-vector-width=512)
+  # GCC 12 warns of its own undefined-vector intrinsics (GCC bug 105593).
+  list(APPEND PUMICE_ISA_FLAGS_avx512vnni -Wno-maybe-uninitialized)
 endif()
 
 add_library(pumice_cpu SHARED ${PUMICE_CPU_SOURCES})
@@ -22,9 +24,10 @@ target_link_libraries(pumice_cpu PRIVATE torch_stable)
 foreach(isa IN LISTS PUMICE_CPU_ISAS)
   add_library(pumice_cpu_${isa} OBJECT ${PUMICE_CPU_ISA_SOURCES})
   target_include_directories(pumice_cpu_${isa} PRIVATE csrc)
+  # -fno-tree-pre: GCC's partial redundancy elimination moves accumulators of the tiles to the stack.
   # -ffp-contract=off: a result must not depend on the instruction set by a fused rounding.
   target_compile_options(pumice_cpu_${isa} PRIVATE -O3 -ffp-contract=off -fno-math-errno -Wall
-    -Wextra ${PUMICE_ISA_FLAGS_${isa}} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+    -Wextra $<$<CXX_COMPILER_ID:GNU>:-fno-tree-pre> ${PUMICE_ISA_FLAGS_${isa}} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
   target_compile_definitions(pumice_cpu_${isa} PRIVATE PUMICE_ISA=${isa})
   target_compile_definitions(pumice_cpu PRIVATE PUMICE_HAS_ISA_${isa})
   target_sources(pumice_cpu PRIVATE $<TARGET_OBJECTS:pumice_cpu_${isa}>)

@@ -9,7 +9,12 @@
 
 #include "cpu/element.h"
 #include "cpu/int8_kernels.h"
+
+#if defined(__AVX512VNNI__)
+#include "cpu/int8_tile_avx512vnni.h"
+#else
 #include "cpu/int8_tile_portable.h"
+#endif
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
@@ -67,40 +72,50 @@ void add_outliers(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, Column
   }
 }
 
-// Rows [row, row + kRows) of the tile.
 template <int kRows>
-void row_tile(const Int8GemmJob& job, int64_t m_begin, int64_t row, const ColumnTile& tile) {
-  int32_t sums[kTileM][kTileN];
-  dot_tile<kRows>(job.q, job.prepared, row, job.k, tile.rows, sums);
-  for (int i = 0; i < kRows; ++i) {
-    const float scale = job.scale[(row + i) * job.scale_stride];
-    const int64_t in_block = row + i - m_begin;
-    for (int j = 0; j < tile.count; ++j) {
-      float y = static_cast<float>(sums[i][j]) * scale;
-      if (job.outlier_count) y += tile.outliers[j][in_block / kPanelRows][in_block % kPanelRows];
-      y = y * tile.scale[j] + tile.bias[j];
-      store_element(job.y, job.y_dtype, (row + i) * job.n + tile.begin + j, y);
+void last_rows(const Int8GemmJob& job, int64_t row, int64_t count, const ColumnTile& tile,
+               int32_t (*sums)[kTileN]) {
+  if constexpr (kRows > 0) {
+    if (count == kRows) {
+      dot_tile<kRows>(job.q, job.prepared, row, job.k, tile.rows, sums);
+    } else {
+      last_rows<kRows - 1>(job, row, count, tile, sums);
     }
   }
 }
 
-template <int kRows>
-void last_row_tile(const Int8GemmJob& job, int64_t m_begin, int64_t row, int64_t count,
-                   const ColumnTile& tile) {
-  if constexpr (kRows > 0) {
-    if (count == kRows) return row_tile<kRows>(job, m_begin, row, tile);
-    last_row_tile<kRows - 1>(job, m_begin, row, count, tile);
+void dot_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const ColumnTile& tile,
+              int32_t (*sums)[kTileN]) {
+  int64_t m = m_begin;
+  for (; m + kTileM <= m_end; m += kTileM, sums += kTileM) {
+    dot_tile<kTileM>(job.q, job.prepared, m, job.k, tile.rows, sums);
+  }
+  last_rows<kTileM - 1>(job, m, m_end - m, tile, sums);
+}
+
+void store_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const ColumnTile& tile,
+                const int32_t (*sums)[kTileN]) {
+  for (int64_t m = m_begin; m < m_end; ++m) {
+    const int64_t i = m - m_begin;
+    const float scale = job.scale[m * job.scale_stride];
+    for (int j = 0; j < tile.count; ++j) {
+      float y = static_cast<float>(sums[i][j]) * scale;
+      if (job.outlier_count) y += tile.outliers[j][i / kPanelRows][i % kPanelRows];
+      y = y * tile.scale[j] + tile.bias[j];
+      store_element(job.y, job.y_dtype, m * job.n + tile.begin + j, y);
+    }
   }
 }
 
 void gemm(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   ColumnTile tile;
+  int32_t sums[kMaxGemmRows][kTileN];
   for (int64_t n = n_begin; n < n_end; n += kTileN) {
     begin_column_tile(job, n, n_end, tile);
+    dot_rows(job, m_begin, m_end, tile, sums);
+    // After the dot products: the weight rows are in cache now.
     if (job.outlier_count) add_outliers(job, m_begin, m_end, tile);
-    int64_t m = m_begin;
-    for (; m + kTileM <= m_end; m += kTileM) row_tile<kTileM>(job, m_begin, m, tile);
-    last_row_tile<kTileM - 1>(job, m_begin, m, m_end - m, tile);
+    store_rows(job, m_begin, m_end, tile, sums);
   }
 }
 

@@ -22,7 +22,7 @@ void prepare_row(const int8_t* q, int64_t k, int64_t row, void* prepared) {
 // sums[i][j] = Σ_k q[row + i, k] · weight_rows[j][k], for i < rows (at most kTileM)
 template <int kRows>
 void dot_tile(const int8_t* /*q*/, const void* prepared, int64_t row, int64_t k,
-              const int8_t* const (&weight_rows)[kTileN], int32_t (&sums)[kTileM][kTileN]) {
+              const int8_t* const (&weight_rows)[kTileN], int32_t (*sums)[kTileN]) {
   const int16_t* x = static_cast<const int16_t*>(prepared) + row * k;
   for (int j = 0; j < kTileN; ++j) {
     const int8_t* w = weight_rows[j];
