@@ -1,7 +1,9 @@
 """Pumice: kernels that make language models smaller and faster, and the methods that feed them."""
 
 from pumice import nn, ops, quantize
+from pumice.checkpoint import load, save
 from pumice.compress import compress
+from pumice.doctor import doctor
 from pumice.quantize import Int8, LLMInt8
 from pumice.report import Report, report
 
@@ -13,8 +15,11 @@ __all__ = [
     "Report",
     "__version__",
     "compress",
+    "doctor",
+    "load",
     "nn",
     "ops",
     "quantize",
     "report",
+    "save",
 ]

@@ -104,18 +104,21 @@ def _load_cpu(folder: Path) -> None:
 
 def _load_cuda(folder: Path) -> str | None:
     """Load the CUDA kernels, or say why not."""
+    path = folder / "libpumice_cuda.so"
+    reasons = []
     if torch.version.cuda is None:
         kind = "ROCm" if getattr(torch.version, "hip", None) else "CPU-only"
-        return (
-            f"torch {torch.__version__} is a {kind} build: install a CUDA build of torch "
-            "(https://pytorch.org/get-started), pumice itself need not be rebuilt for that"
+        reasons.append(
+            f"torch {torch.__version__} is a {kind} build (install a CUDA build of torch, "
+            "https://pytorch.org/get-started)"
         )
-    path = folder / "libpumice_cuda.so"
     if not path.exists():
-        return (
-            "this build of pumice has no CUDA kernels (no nvcc was found when it was built): put "
-            "nvcc on PATH or set CUDACXX, then reinstall pumice from source"
+        reasons.append(
+            "this build of pumice has none, for no nvcc was found when it was built (put nvcc on "
+            "PATH or set CUDACXX, then reinstall pumice from source)"
         )
+    if reasons:
+        return "; and ".join(reasons)
     try:
         _load_library(str(path))
     except OSError as error:
