@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -106,6 +107,39 @@ inline void load_elements(const void* data, DType dtype, int64_t begin, int64_t 
   }
 #endif
   for (; i < count; ++i) out[i] = float16_to_float(x[i]);
+}
+
+// Four floats in a register (on any vector unit).
+typedef float Float4 __attribute__((vector_size(16)));
+typedef uint32_t UInt4 __attribute__((vector_size(16)));
+typedef uint16_t Bits4 __attribute__((vector_size(8)));
+
+inline Bits4 round_four(DType dtype, Float4 value) {
+  if (dtype == DType::kBFloat16) {
+    const UInt4 bits = std::bit_cast<UInt4>(value);
+    const UInt4 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector(value == value ? rounded : UInt4{} + 0x7fc0u, Bits4);
+  }
+#if defined(__F16C__)
+  const __m128i half = _mm_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  return std::bit_cast<Bits4>(_mm_cvtsi128_si64(half));
+#else
+  Bits4 half;
+  for (int i = 0; i < 4; ++i) half[i] = float_to_float16(value[i]);
+  return half;
+#endif
+}
+
+// data[i, i + count) = the first `count` of four values
+inline void store_four(void* data, DType dtype, int64_t i, int count, Float4 value) {
+  const size_t size = dtype == DType::kFloat32 ? 4 : 2;
+  char* out = static_cast<char*>(data) + i * size;
+  if (dtype == DType::kFloat32) {
+    std::memcpy(out, &value, static_cast<size_t>(count) * size);
+  } else {
+    const Bits4 rounded = round_four(dtype, value);
+    std::memcpy(out, &rounded, static_cast<size_t>(count) * size);
+  }
 }
 
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -6,19 +6,18 @@
 // packed: kTileN weight rows stay in L1 while all rows of q (in L2) stream past them. The weight
 // columns of the outliers are picked from those same rows.
 #include <algorithm>
+#include <bit>
+#include <cstring>
 
 #include "cpu/element.h"
 #include "cpu/int8_kernels.h"
-
-#if defined(__AVX512VNNI__)
-#include "cpu/int8_tile_avx512vnni.h"
-#else
-#include "cpu/int8_tile_portable.h"
-#endif
+#include "cpu/int8_tile.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
 
+static_assert(kTileN == 4);
+typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef float Panel __attribute__((vector_size(kPanelRows * sizeof(float))));
 
 // Up to kTileN columns of y: what the epilogue needs of each, and the outliers' share of every row.
@@ -26,8 +25,8 @@ struct ColumnTile {
   int64_t begin;
   int count;
   const int8_t* rows[kTileN];  // of weight; past the end the last one again
-  float scale[kTileN];
-  float bias[kTileN];
+  Float4 scale;
+  Float4 bias;
   Panel outliers[kTileN][kMaxGemmRows / kPanelRows];
 };
 
@@ -74,36 +73,52 @@ void add_outliers(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, Column
 
 template <int kRows>
 void last_rows(const Int8GemmJob& job, int64_t row, int64_t count, const ColumnTile& tile,
-               int32_t (*sums)[kTileN]) {
+               const Prefetch& prefetch, int32_t (*sums)[kTileN]) {
   if constexpr (kRows > 0) {
     if (count == kRows) {
-      dot_tile<kRows>(job.q, job.prepared, row, job.k, tile.rows, sums);
+      dot_tile<kRows>(job.q, job.prepared, row, job.k, tile.rows, prefetch, sums);
     } else {
-      last_rows<kRows - 1>(job, row, count, tile, sums);
+      last_rows<kRows - 1>(job, row, count, tile, prefetch, sums);
     }
   }
 }
 
+// The products of the tile's weight rows with rows [m_begin, m_end) of q.
 void dot_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const ColumnTile& tile,
               int32_t (*sums)[kTileN]) {
+  // The next kTileN weight rows are fetched in 2^shift equal parts by the first 2^shift row tiles.
+  // Where nothing is left to fetch, the present rows are named: they are in cache already.
+  const int64_t row_tiles = (m_end - m_begin + kTileM - 1) / kTileM;
+  const int shift = std::bit_width(static_cast<uint64_t>(row_tiles)) - 1;
+  const bool last = tile.begin + 2 * kTileN > job.n;
+  const int8_t* const end = tile.rows[0] + 2 * kTileN * job.k;
+  Prefetch prefetch{tile.rows[0] + (last ? 0 : kTileN * job.k), last ? 0 : job.k >> shift, shift};
   int64_t m = m_begin;
   for (; m + kTileM <= m_end; m += kTileM, sums += kTileM) {
-    dot_tile<kTileM>(job.q, job.prepared, m, job.k, tile.rows, sums);
+    dot_tile<kTileM>(job.q, job.prepared, m, job.k, tile.rows, prefetch, sums);
+    prefetch.first += kPrefetchStreams * prefetch.stride;
+    if (prefetch.first + kPrefetchStreams * prefetch.stride > end) {
+      prefetch = {tile.rows[0], 0, shift};
+    }
   }
-  last_rows<kTileM - 1>(job, m, m_end - m, tile, sums);
+  last_rows<kTileM - 1>(job, m, m_end - m, tile, prefetch, sums);
 }
 
+// y = (sum · scale + outliers) · weight_scale + bias
 void store_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const ColumnTile& tile,
                 const int32_t (*sums)[kTileN]) {
   for (int64_t m = m_begin; m < m_end; ++m) {
     const int64_t i = m - m_begin;
-    const float scale = job.scale[m * job.scale_stride];
-    for (int j = 0; j < tile.count; ++j) {
-      float y = static_cast<float>(sums[i][j]) * scale;
-      if (job.outlier_count) y += tile.outliers[j][i / kPanelRows][i % kPanelRows];
-      y = y * tile.scale[j] + tile.bias[j];
-      store_element(job.y, job.y_dtype, m * job.n + tile.begin + j, y);
+    Int4 sum;
+    std::memcpy(&sum, sums[i], sizeof(sum));
+    Float4 y = __builtin_convertvector(sum, Float4) * job.scale[m * job.scale_stride];
+    if (job.outlier_count) {
+      for (int j = 0; j < kTileN; ++j) {
+        y[j] += tile.outliers[j][i / kPanelRows][i % kPanelRows];
+      }
     }
+    y = y * tile.scale + tile.bias;
+    store_four(job.y, job.y_dtype, m * job.n + tile.begin, tile.count, y);
   }
 }
 

@@ -2,13 +2,15 @@
 //
 // vpdpbusd multiplies 64 unsigned by 64 signed bytes and adds groups of four into int32 lanes,
 // wrapping. Weights become unsigned by flipping their top bit, w + 128 (once per weight register,
-// amortised over the rows of the tile), and 128·Σ_k q[m,k] is taken off at the end. Sums wrap modulo
-// 2^32 on the way and the result fits an int32, so it is exact for every int8 value.
+// amortised over the rows of the tile), and 128·Σ_k q[m,k] is taken off at the end. Sums wrap
+// modulo 2^32 on the way and the result fits an int32, so it is exact for every int8 value.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "cpu/int8_tile.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
@@ -45,10 +47,10 @@ __m128i reduce_four(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// sums[i][j] = Σ_k q[row + i, k] · weight_rows[j][k]
 template <int kRows>
 void dot_tile(const int8_t* q, const void* prepared, int64_t row, int64_t k,
-              const int8_t* const (&weight_rows)[kTileN], int32_t (*sums)[kTileN]) {
+              const int8_t* const (&weight_rows)[kTileN], const Prefetch& prefetch,
+              int32_t (*sums)[kTileN]) {
   const __m512i flip = _mm512_set1_epi8(-128);
   const int8_t* x = q + row * k;
   const int8_t* w0 = weight_rows[0];
@@ -72,13 +74,16 @@ void dot_tile(const int8_t* q, const void* prepared, int64_t row, int64_t k,
       for (int j = 0; j < kTileN; ++j) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], w[j], xi);
     }
   };
-  // The tail comes first: after the loop, GCC 12 would keep the sums on the stack.
   const int64_t whole = k / 64 * 64;
   if (whole < k) {
     const __mmask64 mask = tail_mask(k);
     step(whole, [mask](const int8_t* p) { return _mm512_maskz_loadu_epi8(mask, p); });
   }
   for (int64_t l = 0; l < whole; l += 64) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kPrefetchStreams; ++s) {
+      _mm_prefetch(prefetch.first + s * prefetch.stride + (l >> prefetch.shift), _MM_HINT_T1);
+    }
     step(l, [](const int8_t* p) { return _mm512_loadu_si512(p); });
   }
 #pragma GCC unroll 8

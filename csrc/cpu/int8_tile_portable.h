@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cpu/int8_tile.h"
+
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
 
@@ -19,10 +21,10 @@ void prepare_row(const int8_t* q, int64_t k, int64_t row, void* prepared) {
   for (int64_t i = 0; i < k; ++i) x[i] = q[row * k + i];
 }
 
-// sums[i][j] = Σ_k q[row + i, k] · weight_rows[j][k], for i < rows (at most kTileM)
 template <int kRows>
 void dot_tile(const int8_t* /*q*/, const void* prepared, int64_t row, int64_t k,
-              const int8_t* const (&weight_rows)[kTileN], int32_t (*sums)[kTileN]) {
+              const int8_t* const (&weight_rows)[kTileN], const Prefetch& /*prefetch*/,
+              int32_t (*sums)[kTileN]) {
   const int16_t* x = static_cast<const int16_t*>(prepared) + row * k;
   for (int j = 0; j < kTileN; ++j) {
     const int8_t* w = weight_rows[j];
