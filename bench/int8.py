@@ -6,6 +6,7 @@ at the int8 peak, whichever is longer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ def make_inputs(case: Case, machine: Machine, device: torch.device, dtype: torch
     return Inputs(x, outliers, weights, [q for q, _, _ in quantized], [s for _, s, _ in quantized])
 
 
-# A peer is offered the inputs and returns its contender, or raises UnavailableError with the reason.
+# A peer is offered the inputs and returns its contender, or raises with the reason why not.
 class UnavailableError(Exception):
     """Why a peer cannot run a case here."""
 
@@ -113,6 +114,7 @@ def fbgemm_dynamic(inputs: Inputs) -> Contender:
         raise UnavailableError("this torch has no fbgemm")
     torch.backends.quantized.engine = "fbgemm"
     packed: list[Any] = []
+    warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
     for q, scale in zip(inputs.qweights, inputs.scales, strict=True):
         zeros = torch.zeros(len(scale), dtype=torch.long)
         per_channel = torch._make_per_channel_quantized_tensor(q, scale.double(), zeros, 0)
@@ -199,6 +201,7 @@ def run(
     tell: Callable[[str], None],
 ) -> Iterator[Row]:
     kernels = kernels_of(device)
+    told: set[tuple[str, str]] = set()
     for case in cases:
         inputs = make_inputs(case, machine, device, dtype)
         contenders: dict[str, Contender] = {}
@@ -206,7 +209,9 @@ def run(
             try:
                 contenders[name] = peer(inputs)
             except UnavailableError as reason:
-                tell(f"{case}: {name} skipped: {reason}")
+                if (name, str(reason)) not in told:
+                    told.add((name, str(reason)))
+                    tell(f"{name} skipped for {case}: {reason}")
         timings = measure(contenders, device, seconds)
         for name, timing in timings.items():
             yield Row(

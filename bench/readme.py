@@ -7,11 +7,30 @@ the README is not what the recorded results and the present sources give.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 from bench.results import RESULTS, load, markdown, rows_of
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def source_digests(kind: str) -> dict[str, str]:
+    """Kernels and digests from the sources (".cu" or ".cpp") in the tree: unlike the catalogue of
+    the build, they are all there on a machine without nvcc."""
+    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "cmake" / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    catalogue: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(catalogue)
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "csrc").rglob(f"*{kind}")):
+        found |= catalogue.kernels_of(path, ROOT / "csrc")
+    return found
 
 
 def changed_kernels(recorded: dict[str, str], present: dict[str, str]) -> list[str]:
@@ -19,10 +38,8 @@ def changed_kernels(recorded: dict[str, str], present: dict[str, str]) -> list[s
 
 
 def render(folder: Path = RESULTS) -> str:
-    from pumice import _C
-
-    present = {kernel["name"]: kernel["digest"] for kernel in _C.kernels()}
-    cuda = sorted(k["name"] for k in _C.kernels() if k["device"] == "cuda")
+    cuda = source_digests(".cu")
+    present = {"cuda": cuda, "cpu": source_digests(".cpp")}
     parts: list[str] = []
     ran_on_gpu: set[str] = set()
     for path in sorted(folder.glob("*.json")):
@@ -33,7 +50,7 @@ def render(folder: Path = RESULTS) -> str:
                 f"GB/s, torch {entry['torch']}, {entry['date']}:"
             )
             parts.append(markdown(rows_of(entry)))
-            changed = changed_kernels(entry["digests"], present)
+            changed = changed_kernels(entry["digests"], present[machine["device"]])
             if changed:
                 parts.append("Changed since this was measured: " + ", ".join(changed) + ".")
             if machine["device"] == "cuda":

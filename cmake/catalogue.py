@@ -38,6 +38,11 @@ def digest_of(path: Path, root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def kernels_of(path: Path, root: Path) -> dict[str, str]:
+    """The kernels a source announces, and their digest."""
+    return dict.fromkeys(KERNEL.findall(path.read_text()), digest_of(path, root))
+
+
 def c_string(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -54,11 +59,10 @@ def catalogue(args: argparse.Namespace) -> str:
         ("cuda", args.cuda_sources, args.cuda_architectures),
     ):
         for source in filter(None, sources.split(";")):
-            path = root.parent / source
-            for name in KERNEL.findall(path.read_text()):
+            for name, digest in kernels_of(root.parent / source, root).items():
                 rows.append(
                     f"    {{{c_string(name)}, {c_string(device)}, {c_string(source)}, "
-                    f"{c_list(architectures.split(';'))}, {c_string(digest_of(path, root))}}},"
+                    f"{c_list(architectures.split(';'))}, {c_string(digest)}}},"
                 )
     body = "\n".join(rows)
     return f"""\

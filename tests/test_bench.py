@@ -1,0 +1,116 @@
+"""The benchmark package: what it measures, keeps and says of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import int8, outlier_weights, readme, results
+from bench.machine import Machine, describe
+from bench.timing import Timing, copies_beyond_cache, measure
+
+MACHINE = Machine("cpu", "Test CPU 2 threads", 2, 10e9, 1 << 20, None, None)
+
+
+def row(contender: str, median: float, baseline: float = 8.0) -> results.Row:
+    return results.Row("int8", "M=1", contender, median, median, median, 1.0, baseline, ("int8_x",))
+
+
+def test_timing_orders_fast_and_slow():
+    small, large = torch.randn(8, 8), torch.randn(384, 384)
+    timings = measure(
+        {"slow": lambda i: large @ large, "fast": lambda i: small @ small},
+        torch.device("cpu"),
+        seconds=0.05,
+    )
+    assert timings["fast"].median < timings["slow"].median
+    for timing in timings.values():
+        assert timing.low <= timing.median <= timing.high
+        assert timing.calls >= 5
+
+
+def test_timing_rotates_the_inputs():
+    seen: set[int] = set()
+    measure({"a": lambda i: seen.add(i)}, torch.device("cpu"), seconds=0.001)
+    assert {0, 1, 2, 3, 4} <= seen
+
+
+def test_median_is_not_the_mean():
+    assert Timing.of([1.0, 1.0, 1.0, 100.0, 1.0], 5).median == 1.0
+
+
+def test_copies_exceed_the_cache():
+    assert copies_beyond_cache(16 << 20, 32 << 20) * (16 << 20) >= 2 * (32 << 20)
+    assert copies_beyond_cache(1 << 40, 1) == 2
+
+
+def test_floor_is_the_longer_of_bytes_and_operations():
+    gpu = Machine("cuda", "Test", 0, 4e12, 1, 1e15, 2e15)
+    assert gpu.floor_us(4_000_000, 0, int8=True) == pytest.approx(1.0)
+    assert gpu.floor_us(0, 2_000_000_000, int8=True) == pytest.approx(1.0)
+    assert gpu.floor_us(0, 2_000_000_000, int8=False) == pytest.approx(2.0)
+
+
+def test_this_machine_is_described():
+    machine = describe(torch.device("cpu"))
+    assert machine.bandwidth > 1e8
+    assert machine.cache_bytes > 1 << 15
+    assert machine.slug().replace("-", "").isalnum()
+
+
+def test_int8_bench_measures_every_available_peer():
+    told: list[str] = []
+    case = int8.Case(3, 40, 48)
+    rows = list(int8.run([case], MACHINE, torch.device("cpu"), torch.float32, 0.01, told.append))
+    names = {r.contender for r in rows}
+    assert {"torch", "pumice W8A8", "pumice mixed", "pumice mixed, 0.5 % outliers"} <= names
+    assert names | {line.split(" skipped")[0] for line in told} == set(int8.PEERS)
+    moved = 40 * 48 + 3 * (40 + 48) * 4
+    assert all(r.floor_us == pytest.approx(moved / 10e9 * 1e6) for r in rows)
+    for r in rows:
+        assert (r.kernels != ()) == r.contender.startswith("pumice")
+
+
+def test_contenders_compute_the_same_product():
+    inputs = int8.make_inputs(int8.Case(20, 64, 96), MACHINE, torch.device("cpu"), torch.float32)
+    reference = int8.PEERS["torch"](inputs)(1)
+    for name in ("fbgemm dynamic", "pumice W8A8", "pumice mixed"):
+        y = int8.PEERS[name](inputs)(1)
+        assert (y - reference).norm() < 0.03 * reference.norm(), name
+
+
+def test_record_replaces_only_its_op(tmp_path):
+    path = results.record(MACHINE, "int8", [row("torch", 8.0)], tmp_path)
+    stored = json.loads(path.read_text())
+    stored["ops"]["other"] = stored["ops"]["int8"]
+    path.write_text(json.dumps(stored))
+    results.record(MACHINE, "int8", [row("pumice", 4.0)], tmp_path)
+    _, ops = results.load(path)
+    assert [r.contender for r in results.rows_of(ops["int8"])] == ["pumice"]
+    assert [r.contender for r in results.rows_of(ops["other"])] == ["torch"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_markdown_and_plot(tmp_path):
+    rows = [row("torch", 8.0), row("pumice", 4.0)]
+    assert "| M=1 | 1 | 8 (1.00) | 4 (2.00) |" in results.markdown(rows)
+    results.plot(rows, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kernel_changed_since_is_named():
+    recorded = {"same": "1", "changed": "2", "gone": "3"}
+    present = {"same": "1", "changed": "9"}
+    assert readme.changed_kernels(recorded, present) == ["changed", "gone"]
+
+
+def test_readme_tables_are_those_of_the_recorded_results():
+    """After a change to a kernel or a new record: python -m bench readme."""
+    assert readme.rewrite(readme.ROOT / "README.md", check=True)
+
+
+def test_kept_weights_buy_accuracy_and_decomposition_buys_more():
+    dequantized, kept, plain = outlier_weights.errors(30.0)
+    assert kept < dequantized < plain / 2
