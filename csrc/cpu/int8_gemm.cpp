@@ -134,6 +134,8 @@ void gemm(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, int64_t n_begi
   }
 }
 
+int64_t row_bytes(int64_t k) { return row_bytes_of(k); }
+
 int64_t prepared_bytes(int64_t m, int64_t k) { return prepared_bytes_of(m, k); }
 
 void prepare_rows(const Int8GemmJob& job, int64_t begin, int64_t end) {
@@ -142,6 +144,6 @@ void prepare_rows(const Int8GemmJob& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Int8GemmKernels int8_gemm_kernels = {prepared_bytes, prepare_rows, gemm};
+const Int8GemmKernels int8_gemm_kernels = {row_bytes, prepared_bytes, prepare_rows, gemm};
 
 }  // namespace pumice::cpu::PUMICE_ISA

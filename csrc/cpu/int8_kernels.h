@@ -72,6 +72,8 @@ struct Int8GemmJob {
 constexpr int64_t kMaxGemmRows = 128;
 
 struct Int8GemmKernels {
+  // Bytes of a row of q as the kernel reads it.
+  int64_t (*row_bytes)(int64_t k);
   // What the kernel keeps for each row of q (a wider copy, or a sum).
   int64_t (*prepared_bytes)(int64_t m, int64_t k);
   void (*prepare_rows)(const Int8GemmJob& job, int64_t begin, int64_t end);

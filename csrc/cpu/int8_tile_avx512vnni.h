@@ -19,6 +19,8 @@ namespace {
 constexpr int kTileM = 6;
 constexpr int kTileN = 4;
 
+int64_t row_bytes_of(int64_t k) { return k; }
+
 // For each row the sum of q.
 int64_t prepared_bytes_of(int64_t m, int64_t /*k*/) {
   return m * static_cast<int64_t>(sizeof(int32_t));

@@ -14,7 +14,8 @@ namespace {
 constexpr int kTileM = 4;
 constexpr int kTileN = 4;
 
-int64_t prepared_bytes_of(int64_t m, int64_t k) { return m * k * 2; }
+int64_t row_bytes_of(int64_t k) { return k * static_cast<int64_t>(sizeof(int16_t)); }
+int64_t prepared_bytes_of(int64_t m, int64_t k) { return m * row_bytes_of(k); }
 
 void prepare_row(const int8_t* q, int64_t k, int64_t row, void* prepared) {
   int16_t* x = static_cast<int16_t*>(prepared) + row * k;
@@ -28,13 +29,12 @@ void dot_tile(const int8_t* /*q*/, const void* prepared, int64_t row, int64_t k,
   const int16_t* x = static_cast<const int16_t*>(prepared) + row * k;
   for (int j = 0; j < kTileN; ++j) {
     const int8_t* w = weight_rows[j];
-    for (int i = 0; i < kRows; ++i) {
-      const int16_t* xi = x + i * k;
-      int32_t sum = 0;
-      for (int64_t l = 0; l < k; ++l)
-        sum += static_cast<int32_t>(xi[l]) * static_cast<int16_t>(w[l]);
-      sums[i][j] = sum;
+    int32_t sum[kRows] = {};
+    for (int64_t l = 0; l < k; ++l) {
+      const int16_t wl = w[l];
+      for (int i = 0; i < kRows; ++i) sum[i] += static_cast<int32_t>(x[i * k + l]) * wl;
     }
+    for (int i = 0; i < kRows; ++i) sums[i][j] = sum[i];
   }
 }
 

@@ -14,8 +14,9 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
-// Work of this many elements is worth a thread of its own.
-constexpr int64_t kGrain = 1 << 15;
+// This many elements to quantize, or 64 times as many multiplications, are worth a thread: some 10
+// µs.
+constexpr int64_t kGrain = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t rows_per_thread(int64_t k) { return std::max<int64_t>(1, kGrain / k); }
@@ -116,12 +117,12 @@ void run_gemm(const Int8GemmJob& job) {
   parallel_for(0, job.m, rows_per_thread(job.k),
                [&](int64_t begin, int64_t end) { kernels.prepare_rows(job, begin, end); });
 
-  const int64_t fitting = kRowBlockBytes / job.k / kPanelRows * kPanelRows;
+  const int64_t fitting = kRowBlockBytes / kernels.row_bytes(job.k) / kPanelRows * kPanelRows;
   const int64_t row_block = std::clamp(fitting, kPanelRows, kMaxGemmRows);
   const int64_t column_chunks = ceil_div(job.n, kColumnChunk);
   const int64_t blocks = ceil_div(job.m, row_block) * column_chunks;
-  const int64_t block_work = std::min(job.m, row_block) * kColumnChunk * job.k / 64;
-  parallel_for(0, blocks, ceil_div(kGrain, block_work), [&](int64_t begin, int64_t end) {
+  const int64_t block_work = std::min(job.m, row_block) * kColumnChunk * job.k;
+  parallel_for(0, blocks, ceil_div(64 * kGrain, block_work), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t m = block / column_chunks * row_block;
       const int64_t n = block % column_chunks * kColumnChunk;
