@@ -22,6 +22,7 @@ from torch import nn
 from pumice import _tensors
 from pumice._assign import adopt, check_skeleton
 from pumice._files import new_folder
+from pumice.integrations import is_transformers_model
 from pumice.nn import CompressedLinear, layer_from_config
 from pumice.nn._replace import find_linear, replace_modules
 from pumice.quantize import recipe_from_dict
@@ -80,7 +81,7 @@ def save(
     }
     with new_folder(Path(folder), overwrite=overwrite) as draft:
         description["files"] = _tensors.write(stored.tensors, draft)
-        if _is_transformers_model(model):
+        if is_transformers_model(model):
             from pumice.integrations.transformers import save_config
 
             save_config(model, draft)
@@ -261,13 +262,3 @@ def _transient_buffer_dtypes(model: nn.Module) -> dict[str, str]:
         for name, buffer in model.named_buffers(remove_duplicate=False)
         if name not in saved and buffer.is_floating_point()
     }
-
-
-def _is_transformers_model(model: nn.Module) -> bool:
-    import sys
-
-    if "transformers" not in sys.modules:  # then nobody made such a model
-        return False
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)

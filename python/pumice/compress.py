@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pumice._calibrate import Measurement, measure
 from pumice._targets import DEFAULT_EXCLUDE, Selection, find_targets
+from pumice.integrations import is_transformers_model
 from pumice.nn._replace import leave_fused_paths, replace_modules
 from pumice.quantize.recipe import Progress, Recipe
 from pumice.report import LayerReport, Report, attach_report, bytes_of, find_report
@@ -57,7 +58,8 @@ def compress(
 
     Returns:
         The compressed model: ``model`` itself with ``inplace``, unless it is a bare ``nn.Linear``,
-        which nothing holds and whose replacement is returned.
+        which nothing holds and whose replacement is returned. A transformers model has its layers
+        described in ``model.config.quantization_config``, so that its ``save_pretrained`` works.
 
     Raises:
         ValueError: no linear layer, or none chosen (the reasons are listed); weights holding NaN or
@@ -100,6 +102,10 @@ def compress(
         memo: dict[int, Any] = {id(layers[name]): new for name, new in replacements.items()}
         model = copy.deepcopy(model, memo)
         leave_fused_paths(model)
+    if is_transformers_model(model):
+        from pumice.integrations.transformers import describe_layers
+
+        describe_layers(model)
     attach_report(model, _merge(previous, recipe, rows, targets.skipped, bytes_before, model))
     return model
 

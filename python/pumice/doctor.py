@@ -31,7 +31,7 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that torch sees; ``problem`` says why pumice's kernels do not run on it, if they don't."""
+    """A GPU that torch sees; ``problem`` says why pumice's kernels do not run on it, if so."""
 
     name: str
     capability: tuple[int, int]

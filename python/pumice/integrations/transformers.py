@@ -80,24 +80,23 @@ class PumiceQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def quantization_config(model: nn.Module) -> PumiceConfig | None:
-    """The configuration that describes a model's compressed layers, None where it has none."""
+def describe_layers(model: Any) -> None:
+    """Write a model's compressed layers into its config, which ``save_pretrained`` stores."""
     layers = {
         name: module.config()
         for name, module in model.named_modules()
         if isinstance(module, CompressedLinear)
     }
-    return PumiceConfig(layers) if layers else None
+    if layers:
+        model.config.quantization_config = PumiceConfig(layers)
 
 
 def save_config(model: Any, folder: Path) -> None:
     """Write config.json and generation_config.json, from which the model can be built again."""
+    describe_layers(model)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    compressed = quantization_config(model)
-    if compressed is not None:
-        config.quantization_config = compressed
     config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
