@@ -1,5 +1,5 @@
 # libpumice_cuda: the CUDA kernels. Compiles against a CPU-only torch, needs no GPU.
-set(PUMICE_CUDA_SOURCES)
+include(${CMAKE_CURRENT_LIST_DIR}/cuda_sources.cmake)
 
 set(PUMICE_CUDA_FOUND OFF)
 if(PUMICE_CUDA AND PUMICE_CUDA_SOURCES)

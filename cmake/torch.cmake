@@ -33,8 +33,9 @@ add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${PUMICE_TORCH_DIR}/include")
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000
                                                   TORCH_STABLE_ONLY)
+cmake_path(GET CMAKE_CURRENT_LIST_DIR PARENT_PATH repository)
 target_compile_options(torch_stable INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>)
+  $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${repository}/=>)
 # torch loads itself with local symbols, so our libraries must name it as needed.
 target_link_options(torch_stable INTERFACE -Wl,--no-as-needed)
 target_link_libraries(torch_stable INTERFACE "${PUMICE_TORCH_DIR}/lib/libtorch_cpu.so"
