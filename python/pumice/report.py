@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # The attribute of a model that holds its report; it follows the model through copies and pickles.
 _ATTRIBUTE = "_pumice_report"
@@ -129,7 +130,8 @@ def bytes_of(module: nn.Module) -> int:
     """Bytes of all parameters and buffers of a module, each tensor counted once."""
     seen: dict[Any, int] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
-        seen[_storage_key(tensor)] = tensor.numel() * tensor.element_size()
+        if not is_lazy(tensor):  # a LazyLinear that never ran has no size yet
+            seen[_storage_key(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
 
 

@@ -47,11 +47,14 @@ def leave_fused_paths(model: nn.Module) -> None:
     activation without a fused kernel.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            linears: list[nn.Module] = [module.linear1, module.linear2]
-            if not all(isinstance(linear, nn.Linear) for linear in linears):
-                module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
-            layers = [layer for layer in module.layers if hasattr(layer, "activation_relu_or_gelu")]
-            if any(not layer.activation_relu_or_gelu for layer in layers):
-                module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer) and not _is_fusible(module):
+            module.activation_relu_or_gelu = 0
+    for module in model.modules():
+        # The stack packs padded sequences into nested tensors for that kernel alone.
+        if isinstance(module, nn.TransformerEncoder) and not all(map(_is_fusible, module.layers)):
+            module.use_nested_tensor = False
+
+
+def _is_fusible(layer: nn.Module) -> bool:
+    linears = [getattr(layer, name, None) for name in ("linear1", "linear2")]
+    return all(isinstance(linear, nn.Linear) for linear in linears)
