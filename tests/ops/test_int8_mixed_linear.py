@@ -40,9 +40,9 @@ def others(m: int, row: int) -> list[int]:
 def test_formula(backend: Backend) -> None:
     """Where activations are multiplied in int8: the formula itself, to a rounding."""
 
-    @backend.for_all(
-        st.tuples(cases(backend.largest), st.sampled_from([6.0, 1e-20, 2.5, math.inf]), st.booleans())
-    )  # fmt: skip
+    thresholds = st.sampled_from([6.0, 1e-20, 2.5, math.inf])
+
+    @backend.for_all(st.tuples(cases(backend.largest), thresholds, st.booleans()))
     def check_case(drawn: tuple[Case, float, bool]) -> None:
         case, threshold, per_element = drawn
         x, weight = case.activations(), case.weight()
