@@ -19,7 +19,7 @@ namespace {
 
 constexpr size_t kSharedGuard = 512 * 1024;
 constexpr size_t kSharedSpan = 2 * kSharedGuard + kSharedMemoryLimit;
-constexpr uint64_t kSpinLimit = 50'000'000;
+constexpr uint64_t kSpinLimit = 10'000'000;
 
 struct SharedArena {
   uintptr_t begin;
@@ -202,7 +202,7 @@ void check_shared(const AccessInfo& access) {
     const bool reads = access.kind == AccessKind::kRead || access.kind == AccessKind::kAtomic;
     if (reads && cell[i].write_time < launch.block_start) {
       fail_access(access, at, "uninitialised shared memory",
-                  ", which this block has not written yet");
+                  ", which this block has not written: never, or not yet for want of a barrier");
     }
     check_cell(cell[i], access, at, launch.block_start);
   }

@@ -20,6 +20,13 @@ using Kernel = void (*)(const float*, float*);
 
 #define THREAD_ELEMENT (blockIdx.x * kThreads + threadIdx.x)
 
+// All threads write zeros and wait, so that what follows is not about memory that was never
+// written.
+__device__ void clear_shared_memory() {
+  dynamic_shared_memory<float4>()[threadIdx.x] = {};
+  __syncthreads();
+}
+
 template <bool kRepaired>
 __global__ void shared_race(const float* x, float* y) {
   auto* shared = dynamic_shared_memory<float>();
@@ -30,6 +37,7 @@ __global__ void shared_race(const float* x, float* y) {
 
 template <bool kRepaired>
 __global__ void missing_syncthreads(const float* x, float* y) {
+  clear_shared_memory();
   auto* shared = dynamic_shared_memory<float>();
   for (int i = threadIdx.x; i < 2 * kThreads; i += kThreads) shared[i] = x[i];
   if constexpr (kRepaired) __syncthreads();
@@ -52,6 +60,7 @@ __global__ void overwrite_while_read(const float* x, float* y) {
 
 template <bool kRepaired>
 __global__ void missing_syncwarp(const float* x, float* y) {
+  clear_shared_memory();
   auto* shared = dynamic_shared_memory<float>();
   shared[threadIdx.x] = x[threadIdx.x];
   if constexpr (kRepaired) __syncwarp();
@@ -61,6 +70,7 @@ __global__ void missing_syncwarp(const float* x, float* y) {
 // Shuffles meet, but they do not order memory.
 template <bool kRepaired>
 __global__ void shuffle_as_barrier(const float* x, float* y) {
+  clear_shared_memory();
   auto* shared = dynamic_shared_memory<float>();
   shared[threadIdx.x] = x[threadIdx.x];
   const float other = __shfl_xor_sync(kFullWarp, x[threadIdx.x], 1);
@@ -71,6 +81,7 @@ __global__ void shuffle_as_barrier(const float* x, float* y) {
 // A barrier of half warps orders halves only.
 template <bool kRepaired>
 __global__ void half_warp_barrier(const float* x, float* y) {
+  clear_shared_memory();
   auto* shared = dynamic_shared_memory<float>();
   shared[threadIdx.x] = x[threadIdx.x];
   __syncwarp(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
@@ -109,12 +120,13 @@ __global__ void waits_for_too_few_groups(const float* x, float* y) {
 
 template <bool kRepaired>
 __global__ void cp_async_wait_without_barrier(const float* x, float* y) {
+  clear_shared_memory();
   auto* shared = dynamic_shared_memory<float4>();
   ptx::cp_async_16(&shared[threadIdx.x], x + 4 * threadIdx.x, true);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   if constexpr (kRepaired) __syncthreads();
-  y[THREAD_ELEMENT] = shared[threadIdx.x ^ 1].x;
+  y[THREAD_ELEMENT] = shared[(threadIdx.x + 1) % kThreads].x;
 }
 
 template <bool kRepaired>
