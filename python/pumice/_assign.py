@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from pumice._tensors import StoredTensors
 
 # For each name of the model's state dict, the stored name whose tensor it gets.
 Plan = dict[str, str]
 
 
+class TensorSource(Protocol):
+    """Stored tensors by name: an open checkpoint, or a state dict in memory."""
+
+    def names(self) -> set[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+class StateDictSource:
+    """A state dict in memory as a source; what is no tensor is left out."""
+
+    def __init__(self, state_dict: Mapping[str, Any]) -> None:
+        self._tensors = {name: t for name, t in state_dict.items() if isinstance(t, Tensor)}
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 def check_skeleton(
     model: nn.Module,
     replacements: Mapping[str, nn.Module],
-    stored: StoredTensors,
+    stored: TensorSource,
     tied: Mapping[str, str],
     *,
     check_dtypes: bool,
@@ -29,7 +55,7 @@ def check_skeleton(
             to another while the two differ in the checkpoint; a buffer without data.
     """
     expected = _expected_state(model, replacements)
-    plan = {name: tied.get(name, name) for name in expected}
+    plan = _plan(expected, stored.names(), tied)
     missing = sorted(name for name, source in plan.items() if source not in stored.names())
     unexpected = sorted((stored.names() | tied.keys()) - expected.keys())
     if missing or unexpected:
@@ -58,6 +84,16 @@ def check_skeleton(
     return plan
 
 
+def _plan(expected: Mapping[str, Tensor], names: set[str], tied: Mapping[str, str]) -> Plan:
+    plan = {name: tied.get(name, name) for name in expected}
+    # Of tensors that the model ties, one name in the checkpoint is enough.
+    stored_name = {id(expected[name]): source for name, source in plan.items() if source in names}
+    for name, source in plan.items():
+        if source not in names:
+            plan[name] = stored_name.get(id(expected[name]), source)
+    return plan
+
+
 def _expected_state(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The state dict that the model will have, without changing it."""
     by_identity = {id(model.get_submodule(name)): new for name, new in replacements.items()}
@@ -77,7 +113,7 @@ def _expected_state(model: nn.Module, replacements: Mapping[str, nn.Module]) -> 
     return state
 
 
-def _check_ties(expected: Mapping[str, Tensor], plan: Plan, stored: StoredTensors) -> None:
+def _check_ties(expected: Mapping[str, Tensor], plan: Plan, stored: TensorSource) -> None:
     """One tensor of the model under two names can hold only one value."""
     source_of: dict[int, str] = {}
     for name, target in expected.items():
@@ -106,7 +142,7 @@ def _check_no_lost_buffers(model: nn.Module, expected: Mapping[str, Tensor]) -> 
 def adopt(
     model: nn.Module,
     plan: Plan,
-    stored: StoredTensors,
+    stored: TensorSource,
     buffer_dtypes: Mapping[str, str],
     device: torch.device,
 ) -> None:

@@ -77,12 +77,21 @@ def find_targets(
     _drop_shared_weights(model, targets)
     if not any_linear:
         raise ValueError(
-            f"compress: {type(model).__name__} holds no nn.Linear that is still uncompressed "
-            "(convolutions, among them transformers' Conv1D of GPT-2, are not linear layers)"
+            f"compress: {type(model).__name__} holds no nn.Linear that is still uncompressed"
+            + _other_kinds(model)
         )
     if not targets.layers:
-        raise ValueError(f"compress: no linear layer is chosen. {_why_none(targets, include)}")
+        raise ValueError(
+            f"compress: no linear layer is chosen: {_why_none(targets, include)}"
+            + _other_kinds(model)
+        )
     return targets
+
+
+def _other_kinds(model: nn.Module) -> str:
+    """GPT-2's layers look like linear ones to its users."""
+    kinds = {type(module).__name__ for module in model.modules()} & {"Conv1D"}
+    return ". Conv1D (of transformers) is no nn.Linear and is not compressed" if kinds else ""
 
 
 def _why_none(targets: Targets, include: Selection | None) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from pumice._assign import StateDictSource, adopt, check_skeleton
 from pumice.nn._bitsandbytes import convert_layer
 from pumice.nn._replace import find_linear, replace_modules
 from pumice.nn.int8_mixed_linear import Int8MixedLinear
@@ -41,14 +43,16 @@ def load_state_dict(
     threshold: float = 6.0,
     per_element: bool = False,
 ) -> nn.Module:
-    """Load a bitsandbytes int8 state dict into an uncompressed model, in place.
+    """Load a bitsandbytes int8 state dict into an uncompressed model of its dtype, in place.
 
     Each ``nn.Linear`` that the state dict holds as int8 becomes an
     :class:`~pumice.nn.Int8MixedLinear` (bitsandbytes does not store the threshold: pass the one the
-    model was made with); the rest loads as it is, strictly. The model may be on "meta".
+    model was made with); the rest loads as it is, strictly. The model may be on "meta"; on an error
+    it is as before.
 
     Raises:
-        ValueError: a name that is no Linear of the model; a wrong shape or missing tensor.
+        ValueError: a name that is no Linear of the model; a tensor missing, unexpected, or of
+            another shape or dtype.
     """
     converted = convert_state_dict(state_dict)
     replacements: dict[str, nn.Module] = {}
@@ -61,13 +65,11 @@ def load_state_dict(
             linear.bias is not None,
             threshold=threshold,
             per_element=per_element,
-            device=weight.device,
+            device="meta",
             dtype=weight.dtype,
         ).train(linear.training)
+    source = StateDictSource(converted)
+    plan = check_skeleton(model, replacements, source, tied={}, check_dtypes=True)
     model = replace_modules(model, replacements)
-    on_meta = any(tensor.is_meta for tensor in model.state_dict().values())
-    try:
-        model.load_state_dict(converted, strict=True, assign=on_meta)
-    except RuntimeError as error:  # torch lists what is missing, unexpected or of the wrong shape
-        raise ValueError(str(error)) from error
+    adopt(model, plan, source, {}, torch.device("cpu"))
     return model
