@@ -19,6 +19,7 @@
 // ≤ 8 half as many bytes as weights. At M = 32 it is as many, and L2 is the limit: some 24 µs.
 //
 // fp32 x is multiplied as the sum of two bf16; int8 x (int8_linear) as int8, exactly.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/element.h"
@@ -57,11 +58,11 @@ struct TokenSlice {
   uint4 vector[kVectors];
 
   template <bool kAligned>
-  __device__ __forceinline__ void load(const X* x, int64_t left) {
+  __device__ __forceinline__ void load(const X* x, int left) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const X* source = x + i * (16 / sizeof(X));
-      const int64_t bytes = (left - i * int64_t{16 / sizeof(X)}) * static_cast<int64_t>(sizeof(X));
+      const int bytes = left * static_cast<int>(sizeof(X)) - i * 16;
       if constexpr (kAligned) {
         vector[i] = bytes > 0 ? *reinterpret_cast<const uint4*>(source) : uint4{};
       } else {
@@ -98,84 +99,96 @@ __device__ __forceinline__ void token_operand(const TokenSlice<X>& slice, int st
   }
 }
 
-// The warp's 64 elements of K of all the block's rows and tokens.
-template <class X, int kTokenTiles, int kRowTiles, bool kAligned>
-struct Piece {
-  uint4 weight[kRowTiles][2];
-  TokenSlice<X> token[kTokenTiles];
+// The weights of the warp's 64 elements of K. Rows beyond the last are the last once more: nobody
+// looks at their sums.
+template <int kRowTiles, bool kAligned>
+struct WeightPiece {
+  uint4 rows[kRowTiles][2];
 
-  // Rows and tokens beyond the last are the last once more: nobody looks at their sums. `left` is
-  // what is left of K from this lane's first element on.
-  __device__ __forceinline__ void load(const int8_t* const (&weight_rows)[kRowTiles][2],
-                                       const X* const (&tokens)[kTokenTiles], int64_t k,
-                                       int64_t left) {
+  // Beyond the end of K it is the end once more, which meets zeros of x.
+  __device__ __forceinline__ void load(const int8_t* const (&sources)[kRowTiles][2], int k,
+                                       int size_k) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int8_t* source = weight_rows[r][half] + k;
         if constexpr (kAligned) {
-          weight[r][half] = left > 0 ? ptx::load_streaming_16(source) : uint4{};
+          rows[r][half] = ptx::load_streaming_16(sources[r][half] + min(k, size_k - kLaneK));
         } else {
-          weight[r][half] = load_unaligned_16(source, left);
-        }
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < kTokenTiles; ++g) token[g].template load<kAligned>(tokens[g] + k, left);
-  }
-
-  __device__ __forceinline__ void multiply(Sum<X> (&sum)[kRowTiles][kTokenTiles][4]) const {
-    if constexpr (std::is_same_v<X, int8_t>) {
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const uint32_t a[4] = {word_of(weight[r][0], 2 * step), word_of(weight[r][1], 2 * step),
-                                 word_of(weight[r][0], 2 * step + 1),
-                                 word_of(weight[r][1], 2 * step + 1)};
-#pragma unroll
-          for (int g = 0; g < kTokenTiles; ++g) {
-            const uint32_t b[2] = {token[g].word(2 * step), token[g].word(2 * step + 1)};
-            ptx::mma_m16n8k32_s8(sum[r][g], a, b);
-          }
-        }
-      }
-    } else {
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        uint32_t b[kTokenTiles][2], b_low[kTokenTiles][2];
-#pragma unroll
-        for (int g = 0; g < kTokenTiles; ++g) token_operand(token[g], step, b[g], b_low[g]);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          uint32_t a[4];
-          widen_int8x4<Multiplicand<X>>(word_of(weight[r][0], step), a[0], a[2]);
-          widen_int8x4<Multiplicand<X>>(word_of(weight[r][1], step), a[1], a[3]);
-#pragma unroll
-          for (int g = 0; g < kTokenTiles; ++g) {
-            mma_16bit<X>(sum[r][g], a, b[g]);
-            if constexpr (kIsSplit<X>) mma_16bit<X>(sum[r][g], a, b_low[g]);
-          }
+          rows[r][half] = load_unaligned_16(sources[r][half] + k, size_k - k);
         }
       }
     }
   }
 };
 
-template <class X, int kTokenTiles>
-constexpr int kBlocksPerSm =  // what the registers allow
-    kTokenTiles == 1 || (kTokenTiles == 2 && !kIsSplit<X>) ? 2 : 1;
+// The same of the tokens; beyond the last, the last once more.
+template <class X, int kTokenTiles, bool kAligned>
+struct TokenPiece {
+  TokenSlice<X> slice[kTokenTiles];
 
-// How many pieces a warp has under way: as many as fit its registers beside the sums.
+  __device__ __forceinline__ void load(const X* const (&sources)[kTokenTiles], int k, int size_k) {
+#pragma unroll
+    for (int g = 0; g < kTokenTiles; ++g) {
+      slice[g].template load<kAligned>(sources[g] + k, size_k - k);
+    }
+  }
+};
+
 template <class X, int kTokenTiles, int kRowTiles, bool kAligned>
-__host__ __device__ constexpr int piece_depth() {
-  if (!kAligned) return 1;
-  constexpr int kRegisters = sizeof(Piece<X, kTokenTiles, kRowTiles, kAligned>) / 4;
-  constexpr int kBudget = kIsSplit<X> ? 44 : kTokenTiles == 4 ? 128 : 76;  // splitting takes some
-  constexpr int kFitting = kBudget / kRegisters;
-  return kFitting < 1 ? 1 : kFitting > 4 ? 4 : kFitting;
+__device__ __forceinline__ void multiply(const WeightPiece<kRowTiles, kAligned>& weight,
+                                         const TokenPiece<X, kTokenTiles, kAligned>& token,
+                                         Sum<X> (&sum)[kRowTiles][kTokenTiles][4]) {
+  if constexpr (std::is_same_v<X, int8_t>) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const auto& rows = weight.rows[r];
+        const uint32_t a[4] = {word_of(rows[0], 2 * step), word_of(rows[1], 2 * step),
+                               word_of(rows[0], 2 * step + 1), word_of(rows[1], 2 * step + 1)};
+#pragma unroll
+        for (int g = 0; g < kTokenTiles; ++g) {
+          const uint32_t b[2] = {token.slice[g].word(2 * step), token.slice[g].word(2 * step + 1)};
+          ptx::mma_m16n8k32_s8(sum[r][g], a, b);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t b[kTokenTiles][2], b_low[kTokenTiles][2];
+#pragma unroll
+      for (int g = 0; g < kTokenTiles; ++g) token_operand(token.slice[g], step, b[g], b_low[g]);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        uint32_t a[4];
+        widen_int8x4<Multiplicand<X>>(word_of(weight.rows[r][0], step), a[0], a[2]);
+        widen_int8x4<Multiplicand<X>>(word_of(weight.rows[r][1], step), a[1], a[3]);
+#pragma unroll
+        for (int g = 0; g < kTokenTiles; ++g) {
+          mma_16bit<X>(sum[r][g], a, b[g]);
+          if constexpr (kIsSplit<X>) mma_16bit<X>(sum[r][g], a, b_low[g]);
+        }
+      }
+    }
+  }
 }
+
+// Two where the registers allow it.
+template <class X, int kTokenTiles>
+constexpr int kBlocksPerSm = kTokenTiles == 4 || kIsSplit<X> ? 1 : 2;
+
+// How many pieces a warp has under way: as many as fit its registers beside the sums and what the
+// compiler loads ahead of them. Splitting fp32 takes some, too.
+template <class X, int kTokenTiles, int kRowTiles, bool kAligned>
+constexpr int kPieceDepth = [] {
+  if (!kAligned) return 1;
+  const int registers =
+      kRowTiles * kLaneK / 2 + kTokenTiles * kLaneK * static_cast<int>(sizeof(X)) / 4;
+  const int budget = kTokenTiles == 4 ? 128 : 76;
+  return std::clamp(budget / registers, 1, 4);
+}();
 
 // Partial sums in shared memory, [warp][token][row]: 4 words of padding put the 4 token pairs that
 // a warp stores at once, and its 8 rows, into different banks.
@@ -192,7 +205,7 @@ template <class X, int kTokenTiles, int kRowTiles, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<X, kTokenTiles>)
     int8_small_m_kernel(const __grid_constant__ SmallProduct args) {
   using PartialSums = Partials<kTokenTiles, kRowTiles>;
-  constexpr int kDepth = piece_depth<X, kTokenTiles, kRowTiles, kAligned>();
+  constexpr int kDepth = kPieceDepth<X, kTokenTiles, kRowTiles, kAligned>;
   const Int8Product& product = args.product;
   const int group = lane_index() / 4, t = lane_index() % 4;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * PartialSums::kRows;
@@ -215,22 +228,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<X, kTokenTiles>)
   }
 
   Sum<X> sum[kRowTiles][kTokenTiles][4] = {};
-  Piece<X, kTokenTiles, kRowTiles, kAligned> pieces[kDepth];
+  WeightPiece<kRowTiles, kAligned> weight[kDepth];
+  TokenPiece<X, kTokenTiles, kAligned> token[kDepth];
   constexpr int kStep = kWarps * kWarpK;
-  int64_t warp_k = warp_index() * kWarpK;
+  const int size_k = static_cast<int>(product.k);
+  int warp_k = warp_index() * kWarpK;
+  const int lane_k = t * kLaneK;
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    const int64_t k = warp_k + d * kStep + t * kLaneK;
-    pieces[d].load(weight_rows, tokens, k, product.k - k);
+    weight[d].load(weight_rows, warp_k + d * kStep + lane_k, size_k);
+    token[d].load(tokens, warp_k + d * kStep + lane_k, size_k);
   }
-  while (warp_k < product.k) {
+#pragma unroll 1
+  while (warp_k < size_k) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
-      pieces[d].multiply(sum);  // beyond the end it is zeros
-      const int64_t k = warp_k + (d + kDepth) * kStep + t * kLaneK;
-      pieces[d].load(weight_rows, tokens, k, product.k - k);
+      // Also a border that the compiler does not put the loads off beyond.
+      if (warp_k >= size_k) break;
+      multiply(weight[d], token[d], sum);
+      weight[d].load(weight_rows, warp_k + kDepth * kStep + lane_k, size_k);
+      token[d].load(tokens, warp_k + kDepth * kStep + lane_k, size_k);
+      warp_k += kStep;
     }
-    warp_k += kDepth * kStep;
   }
 
   Sum<X>* partials = dynamic_shared_memory<Sum<X>>();
@@ -295,7 +314,7 @@ void launch_tokens(const SmallProduct& args, const Int8Device& device, cudaStrea
   const bool aligned = rows_are_aligned_16(product.weight, product.k) &&
                        rows_are_aligned_16(args.x, product.k * static_cast<int64_t>(sizeof(X)));
   // Element by element it is slow in any case: one tile shape will do.
-  if (!aligned) return launch_small<X, 4, 2, false>(args, stream);
+  if (!aligned) return launch_small<X, kIsSplit<X> ? 2 : 4, 2, false>(args, stream);
   if (product.m <= 8) return launch_rows<X, 1, 1>(args, device, stream);
   // fp32 tokens fill the registers at 16: 32 of them take two blocks, the second of which finds the
   // weights in L2.
