@@ -18,7 +18,7 @@ namespace {
 
 static_assert(kTileN == 4);
 typedef int32_t Int4 __attribute__((vector_size(16)));
-typedef float Panel __attribute__((vector_size(kPanelRows * sizeof(float))));
+typedef float Panel __attribute__((vector_size(kPanelRows * sizeof(float)), may_alias));
 
 // Up to kTileN columns of y: what the epilogue needs of each, and the outliers' share of every row.
 struct ColumnTile {
@@ -134,16 +134,13 @@ void gemm(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, int64_t n_begi
   }
 }
 
-int64_t row_bytes(int64_t k) { return row_bytes_of(k); }
-
-int64_t prepared_bytes(int64_t m, int64_t k) { return prepared_bytes_of(m, k); }
-
 void prepare_rows(const Int8GemmJob& job, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) prepare_row(job.q, job.k, row, job.prepared);
 }
 
 }  // namespace
 
-const Int8GemmKernels int8_gemm_kernels = {row_bytes, prepared_bytes, prepare_rows, gemm};
+const Int8GemmKernels int8_gemm_kernels = {prepared_row_bytes, streamed_row_bytes, prepare_rows,
+                                           gemm};
 
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -62,7 +62,7 @@ struct Int8GemmJob {
   void* y;  // [M, N]
   DType y_dtype;
   int64_t m, n, k;
-  void* prepared;  // prepared_bytes() of workspace, filled by prepare_rows()
+  void* prepared;  // M · prepared_row_bytes() of workspace, filled by prepare_rows()
   const int32_t* outlier_columns;
   int64_t outlier_count;
   const float* residual;  // panels, see above
@@ -72,10 +72,9 @@ struct Int8GemmJob {
 constexpr int64_t kMaxGemmRows = 128;
 
 struct Int8GemmKernels {
-  // Bytes of a row of q as the kernel reads it.
-  int64_t (*row_bytes)(int64_t k);
-  // What the kernel keeps for each row of q (a wider copy, or a sum).
-  int64_t (*prepared_bytes)(int64_t m, int64_t k);
+  // What the kernel keeps for each row of q (a wider copy, or a sum), and what it reads of it then.
+  int64_t (*prepared_row_bytes)(int64_t k);
+  int64_t (*streamed_row_bytes)(int64_t k);
   void (*prepare_rows)(const Int8GemmJob& job, int64_t begin, int64_t end);
   // The block of y of rows [m_begin, m_end), at most kMaxGemmRows of them and m_begin a multiple of
   // kPanelRows, and of columns [n_begin, n_end).

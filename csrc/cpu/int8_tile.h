@@ -2,9 +2,9 @@
 // One header for each instruction set gives
 //
 //   kTileM, kTileN       the sums that fit into registers
-//   row_bytes_of         a row of q as it reads it
-//   prepared_bytes_of    what it keeps for every row of q, and
+//   prepared_row_bytes   what it keeps for a row of q, and
 //   prepare_row          fills in
+//   streamed_row_bytes   what it reads of a row of q
 //   dot_tile<kRows>      sums[i][j] = Σ_k q[row + i, k] · weight_rows[j][k], exactly, i < kRows
 #pragma once
 

@@ -22,8 +22,8 @@ constexpr int kTileN = 4;
 // q as int16, rows padded with zeros to whole registers: widened once for all weight rows.
 int64_t padded(int64_t k) { return (k + 15) / 16 * 16; }
 
-int64_t row_bytes_of(int64_t k) { return padded(k) * static_cast<int64_t>(sizeof(int16_t)); }
-int64_t prepared_bytes_of(int64_t m, int64_t k) { return m * row_bytes_of(k); }
+int64_t prepared_row_bytes(int64_t k) { return padded(k) * int64_t{sizeof(int16_t)}; }
+int64_t streamed_row_bytes(int64_t k) { return prepared_row_bytes(k); }
 
 void prepare_row(const int8_t* q, int64_t k, int64_t row, void* prepared) {
   int16_t* x = static_cast<int16_t*>(prepared) + row * padded(k);

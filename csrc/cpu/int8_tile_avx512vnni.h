@@ -19,12 +19,9 @@ namespace {
 constexpr int kTileM = 6;
 constexpr int kTileN = 4;
 
-int64_t row_bytes_of(int64_t k) { return k; }
-
 // For each row the sum of q.
-int64_t prepared_bytes_of(int64_t m, int64_t /*k*/) {
-  return m * static_cast<int64_t>(sizeof(int32_t));
-}
+int64_t prepared_row_bytes(int64_t /*k*/) { return sizeof(int32_t); }
+int64_t streamed_row_bytes(int64_t k) { return k; }
 
 __mmask64 tail_mask(int64_t k) { return (uint64_t{1} << (k % 64)) - 1; }
 

@@ -14,8 +14,8 @@ namespace {
 constexpr int kTileM = 4;
 constexpr int kTileN = 4;
 
-int64_t row_bytes_of(int64_t k) { return k * static_cast<int64_t>(sizeof(int16_t)); }
-int64_t prepared_bytes_of(int64_t m, int64_t k) { return m * row_bytes_of(k); }
+int64_t prepared_row_bytes(int64_t k) { return k * int64_t{sizeof(int16_t)}; }
+int64_t streamed_row_bytes(int64_t k) { return prepared_row_bytes(k); }
 
 void prepare_row(const int8_t* q, int64_t k, int64_t row, void* prepared) {
   int16_t* x = static_cast<int16_t*>(prepared) + row * k;
