@@ -13,6 +13,8 @@ import pumice.integrations.transformers
 from pumice.nn import Int8MixedLinear
 
 IDS = torch.arange(18).reshape(2, 9)
+VERSION = int(transformers.__version__.split(".")[0])
+needs_version_5 = pytest.mark.skipif(VERSION < 5, reason="from_pretrained needs transformers 5")
 
 
 def llama(*, tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -95,20 +97,27 @@ def test_an_output_embedding_of_another_name_is_left():
             self.unembed = nn.Linear(36, 97, bias=False)
 
         def get_output_embeddings(self):
-            return self.unembed
+            return getattr(self, "unembed", None)
 
     result = pumice.compress(OddHead(llama().config), pumice.LLMInt8())
     assert pumice.report(result).skipped.keys() == {"lm_head", "unembed"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_both_libraries_open_what_pumice_saved(make_model, dtype, tmp_path):
+def test_load_builds_the_model(make_model, dtype, tmp_path):
     model = pumice.compress(make_model(dtype), pumice.LLMInt8(threshold=3.0))
     pumice.save(model, tmp_path / "m")
     ours = pumice.load(tmp_path / "m")
     assert_same_model(ours, model)
     assert not ours.training
     assert pumice.report(ours) == pumice.report(model)
+
+
+@needs_version_5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_from_pretrained_opens_what_pumice_saved(make_model, dtype, tmp_path):
+    model = pumice.compress(make_model(dtype), pumice.LLMInt8(threshold=3.0))
+    pumice.save(model, tmp_path / "m")
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", output_loading_info=True
     )
@@ -150,6 +159,7 @@ def test_generation_goes_on_where_it_was(tmp_path):
     assert torch.equal(loaded.generate(**arguments), model.generate(**arguments))
 
 
+@needs_version_5
 def test_transformers_own_save_works_after_compress(make_model, tmp_path):
     model = pumice.compress(make_model(torch.float32), pumice.LLMInt8())
     model.save_pretrained(tmp_path / "m")
@@ -166,6 +176,7 @@ def test_compress_does_not_mark_the_original():
     assert getattr(model.config, "quantization_config", None) is None
 
 
+@needs_version_5
 def test_loading_in_another_dtype_keeps_the_compressed_weights(tmp_path):
     model = pumice.compress(llama(), pumice.LLMInt8())
     pumice.save(model, tmp_path / "m")
@@ -226,6 +237,7 @@ def test_compiles_as_one_graph():
 # ---- refused
 
 
+@needs_version_5
 def test_nothing_is_quantized_while_loading(tmp_path):
     llama().save_pretrained(tmp_path / "m")
     config = pumice.integrations.transformers.PumiceConfig({"x": {}})
@@ -233,6 +245,13 @@ def test_nothing_is_quantized_while_loading(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / "m", quantization_config=config
         )
+
+
+@pytest.mark.skipif(VERSION >= 5, reason="transformers 5 opens them")
+def test_version_4_is_told_what_to_do(tmp_path):
+    pumice.save(pumice.compress(llama(), pumice.LLMInt8()), tmp_path / "m")
+    with pytest.raises(ImportError, match=r"transformers >= 5.*pumice\.load\(folder\) works"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
 def test_a_config_without_layers(tmp_path):

@@ -1,11 +1,12 @@
 """transformers models: their configuration in a checkpoint, and ``from_pretrained`` for it.
 
-After ``import pumice.integrations.transformers``, transformers opens what :func:`pumice.save`
-wrote::
+After ``import pumice.integrations.transformers``, transformers (5 or newer) opens what
+:func:`pumice.save` or, after :func:`pumice.compress`, its own ``save_pretrained`` wrote::
 
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-:func:`pumice.load` does so as well and checks more (digests, unexpected tensors, dtypes).
+:func:`pumice.load` does so with any transformers, and checks more (digests, unexpected tensors,
+dtypes).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ try:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise ImportError(
-        "models of transformers need transformers >= 4.48: pip install 'pumice[hf]'"
+        "models of transformers need transformers >= 4.57: pip install 'pumice[hf]'"
     ) from error
 
 QUANT_METHOD = "pumice"
@@ -55,6 +56,14 @@ class PumiceQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True  # nothing is compressed while a model loads
     requires_parameters_quantization = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        # Version 4 casts every floating-point tensor of a quantized model, our fp32 scales too.
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(
+                "from_pretrained opens pumice checkpoints with transformers >= 5, and this is "
+                f"{transformers.__version__}; pumice.load(folder) works with this version"
+            )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers: dict[str, nn.Module] = {}
@@ -96,7 +105,8 @@ def save_config(model: Any, folder: Path) -> None:
     describe_layers(model)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    # Under its old name before 4.56.
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", model.dtype)
     config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
