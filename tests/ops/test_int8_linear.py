@@ -10,8 +10,8 @@ from torch import Tensor
 
 import pumice
 import reference
+from backends import Backend
 from cases import FLOATS, Case, cases, surrounded
-from conftest import Backend
 
 
 def run(backend: Backend, *tensors: Tensor | None, out_dtype: torch.dtype) -> Tensor:

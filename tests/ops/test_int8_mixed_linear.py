@@ -13,8 +13,8 @@ from torch import Tensor
 
 import pumice
 import reference
+from backends import Backend
 from cases import FLOATS, Case, cases, surrounded
-from conftest import Backend
 
 # For float32 x, CUDA keeps residuals (and, at few rows, x) as two bfloat16: 16 bits of fraction.
 SPLIT = 2.0**-15

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import pumice
 import reference
+from backends import Backend
 from cases import FLOATS, Case, cases, surrounded
-from conftest import Backend
 
 SPECIALS = [0.0, -0.0, 1e-45, -1e-40, 1e-31, 7.9e-31, 1e-30, 6.0, -6.0, 1.0, 127.0, 3e38]
 NOT_FINITE = [math.nan, math.inf, -math.inf]
