@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pumice._calibrate import evaluation_mode
+
 _LOGIT_ROWS = 256  # rows of float32 logits at a time: vocabularies reach 256 K entries
 
 
@@ -193,15 +195,9 @@ def _now(device: torch.device) -> float:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; the model's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield next((p.device for p in model.parameters()), torch.device("cpu"))
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Evaluation mode without gradients, and the device that inputs belong on."""
+    with evaluation_mode(model), torch.inference_mode():
+        yield next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _token_vector(model: nn.Module, token_ids: Tensor | Sequence[int]) -> Tensor:

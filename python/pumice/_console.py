@@ -1,0 +1,111 @@
+"""What the command line and the demo share: consoles, progress bars, the report in short."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pumice.report import LayerReport, Report
+
+
+def output() -> Console:
+    """Results. Made anew for each use, so that it writes to what sys.stdout is by then."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def messages() -> Console:
+    """Everything that is not the result."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def say(console: Console, line: str, *, style: str = "") -> None:
+    """One line as it is: brackets are no markup, and it is not broken at the console's width."""
+    console.print(Text(line), style=style, soft_wrap=True)
+
+
+def progress_bars() -> Progress:
+    """Bars on standard error; lines printed through ``.console`` appear above them."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=messages(),
+    )
+
+
+@contextmanager
+def step(bars: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
+    """One bar, moved by calling what is yielded with (done, total)."""
+    task = bars.add_task(description, total=None)
+
+    def advance(done: int, total: int) -> None:
+        bars.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bars.stop_task(task)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that play the same part in every block, such as all the ``q_proj``."""
+
+    name: str
+    layers: list[LayerReport]
+
+    @property
+    def outlier_fraction(self) -> float | None:
+        known = [x.outlier_fraction for x in self.layers if x.outlier_fraction is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def worst(self) -> LayerReport | None:
+        known = [x for x in self.layers if x.relative_error is not None]
+        return max(known, key=lambda layer: layer.relative_error or 0.0, default=None)
+
+
+def groups(report: Report) -> list[Group]:
+    """The report's layers by the last part of their names, in order of appearance."""
+    found: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        found.setdefault(layer.name.rpartition(".")[2] or "(the model)", []).append(layer)
+    return [Group(name, layers) for name, layers in found.items()]
+
+
+def report_table(report: Report, title: str) -> Table:
+    """A report of hundreds of layers in a few lines: one for each part that layers play."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("layers", "in → out", "MB before", "MB after"):
+        table.add_column(heading, justify="left" if heading == "layers" else "right")
+    measured = any(layer.relative_error is not None for layer in report.layers)
+    outliers = any(layer.outlier_fraction is not None for layer in report.layers)
+    if outliers:
+        table.add_column("outlier columns", justify="right")
+    if measured:
+        table.add_column("largest output error", justify="right")
+    for group in groups(report):
+        shapes = {(layer.in_features, layer.out_features) for layer in group.layers}
+        shape = " → ".join(map(str, shapes.pop())) if len(shapes) == 1 else "several"
+        cells = [
+            f"{len(group.layers)} × {group.name}",
+            shape,
+            f"{sum(layer.bytes_before for layer in group.layers) / 1e6:.1f}",
+            f"{sum(layer.bytes_after for layer in group.layers) / 1e6:.1f}",
+        ]
+        if outliers:
+            fraction = group.outlier_fraction
+            cells.append("" if fraction is None else f"{fraction:.2%}")
+        if measured:
+            worst = group.worst
+            cells.append("" if worst is None else f"{worst.relative_error:.2%} ({worst.name})")
+        table.add_row(*cells)
+    return table
