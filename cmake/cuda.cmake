@@ -45,7 +45,7 @@ add_library(pumice_cuda SHARED ${PUMICE_CUDA_SOURCES})
 target_include_directories(pumice_cuda PRIVATE csrc)
 target_compile_definitions(pumice_cuda PRIVATE USE_CUDA)
 target_compile_options(pumice_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-  --compress-mode=size --threads=1 -Xptxas=-v,--warn-on-spills -lineinfo
+  --compress-mode=size --threads=1 -Xptxas=--warn-on-spills
   -Xcompiler=-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>)
 target_link_libraries(pumice_cuda PRIVATE torch_stable torch_cuda_stub)
 set_target_properties(pumice_cuda PROPERTIES JOB_POOL_COMPILE cuda)
