@@ -68,4 +68,4 @@ def backend_named(name: str) -> Backend:
     if name == "cuda":
         return Backend(name, "cuda", torch.ops.pumice, 60, (300, 300, 1500))
     # A fiber for each CUDA thread: seconds for what a GPU does in microseconds.
-    return Backend(name, "cpu", _emulated_ops(), 8, (70, 70, 140))
+    return Backend(name, "cpu", _emulated_ops(), 25, (140, 140, 260))

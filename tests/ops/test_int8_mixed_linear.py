@@ -57,7 +57,9 @@ def test_formula(backend: Backend) -> None:
             extra = (8 + case.k) * 2.0**-24
         else:
             exact = reference.dequantized_linear(x, *weight)
-            magnitude = reference.dequantized_linear(x.abs(), weight[0].abs(), *weight[1:])
+            magnitude = reference.dequantized_linear(
+                *(t if t is None else t.double().abs() for t in (x, *weight))
+            )
             extra = (8 + case.k) * 2.0**-24
         if backend.name != "cpu" and case.dtype == torch.float32:
             extra += SPLIT
@@ -75,7 +77,8 @@ def test_error_beside_plain_torch(
     exact = reference.dequantized_linear(x, *weight)
     ours = reference.relative_error(run(backend, x, weight), exact)
     plain = reference.plain_torch_mixed_linear(x, *weight, 6.0)
-    assert ours <= 2 * reference.relative_error(plain, exact)
+    split = SPLIT if backend.name != "cpu" and dtype == torch.float32 else 0.0
+    assert ours <= 2 * reference.relative_error(plain, exact) + split
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
