@@ -2,8 +2,10 @@
 #
 # Each file in PUMICE_CPU_ISA_SOURCES is compiled once per instruction set, into the namespace
 # pumice::cpu::PUMICE_ISA; dispatch.cpp chooses a table of function pointers when the library loads.
-set(PUMICE_CPU_SOURCES csrc/ops.cpp csrc/cpu/isa.cpp csrc/cpu/dispatch.cpp csrc/cpu/ops_int8.cpp)
-set(PUMICE_CPU_ISA_SOURCES csrc/cpu/int8_quantize.cpp csrc/cpu/int8_gemm.cpp)
+set(PUMICE_CPU_SOURCES csrc/ops.cpp csrc/cpu/isa.cpp csrc/cpu/dispatch.cpp csrc/cpu/ops_int4.cpp
+    csrc/cpu/ops_int8.cpp)
+set(PUMICE_CPU_ISA_SOURCES csrc/cpu/int4_gemm.cpp csrc/cpu/int4_weight.cpp
+    csrc/cpu/int8_gemm.cpp csrc/cpu/int8_quantize.cpp)
 
 set(PUMICE_CPU_ISAS portable)
 set(PUMICE_ISA_FLAGS_portable "")

@@ -1,7 +1,8 @@
 // Every operator of pumice, with one line of maths: the table of contents of the library.
 //
 // Sizes: M tokens (all leading dimensions of x, flattened), K input features, N output features.
-// Implementations: csrc/cpu/ops_*.cpp and csrc/cuda/*/ops_*.cu. Fakes and autograd: python/pumice/ops/.
+// Implementations: csrc/cpu/ops_*.cpp and csrc/cuda/*/ops_*.cu. Fakes and autograd:
+// python/pumice/ops/.
 #include "common/torch_api.h"
 
 PUMICE_LIBRARY(m) {
@@ -18,11 +19,29 @@ PUMICE_LIBRARY(m) {
       "int8_linear(Tensor q, Tensor scale, Tensor qweight, Tensor weight_scale, Tensor? bias, *,"
       " ScalarType out_dtype) -> Tensor");
 
-  // LLM.int8(): y[m,n] = (s[m]·Σ_k q[m,k]·qweight[n,k] + Σ_{k∈O} r[m,k]·qweight[n,k])·weight_scale[n]
+  // LLM.int8(): y[m,n] = (s[m]·Σ_k q[m,k]·qweight[n,k] + Σ_{k∈O}
+  // r[m,k]·qweight[n,k])·weight_scale[n]
   // + bias[n], with q, s as above, O the columns holding an outlier and r = x - s·q what int8 left
   // over there (in 16 bit); per_element keeps only the outlying elements in r, so that no row
   // depends on another.
   m.def(
       "int8_mixed_linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? bias, *,"
       " float threshold=6.0, bool per_element=False) -> Tensor");
+
+  // Packed weights of bits = 2, 3, 4 or 8 (csrc/common/intn_layout.h): q[n,k] as a bit stream.
+  m.def("int4_pack(Tensor q, int bits=4) -> Tensor");
+  m.def("int4_unpack(Tensor qweight, int k, int bits=4) -> Tensor");
+
+  // W[n,k] = (q[n,k] - zeros[n,g]) · scales[n,g],  g = k / group_size or g_idx[k]; without zeros
+  // 2^(bits-1)
+  m.def(
+      "int4_dequantize(Tensor qweight, Tensor scales, Tensor? zeros, Tensor? g_idx, int k,"
+      " int group_size, int bits=4, *, ScalarType out_dtype) -> Tensor");
+
+  // y[m,n] = Σ_k x[m,perm[k]]·W[n,k] + Σ_j x[m,outlier_idx[j]]·outlier_weight[n,j]
+  //        + Σ_r (Σ_k x[m,k]·lora_a[r,k])·lora_b[n,r] + bias[n]
+  m.def(
+      "int4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? g_idx,"
+      " Tensor? perm, Tensor? bias, Tensor? outlier_idx, Tensor? outlier_weight, Tensor? lora_a,"
+      " Tensor? lora_b, *, int group_size, int bits=4, bool int8_activation=False) -> Tensor");
 }

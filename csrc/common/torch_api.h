@@ -53,8 +53,6 @@ inline std::vector<int64_t> leading_shape(const Tensor& x) {
   return {x.sizes().begin(), x.sizes().end() - 1};
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.device() == b.device();
-}
+inline bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
 
 }  // namespace pumice

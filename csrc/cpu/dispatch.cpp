@@ -24,4 +24,14 @@ const Int8GemmKernels& int8_gemm_kernels() {
   return kernels;
 }
 
+const Int4WeightKernels& int4_weight_kernels() {
+  static const Int4WeightKernels& kernels = PUMICE_SELECT(int4_weight_kernels);
+  return kernels;
+}
+
+const Int4GemmKernels& int4_gemm_kernels() {
+  static const Int4GemmKernels& kernels = PUMICE_SELECT(int4_gemm_kernels);
+  return kernels;
+}
+
 }  // namespace pumice::cpu
