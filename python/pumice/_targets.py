@@ -117,8 +117,10 @@ def _unsuitable(linear: nn.Linear) -> str | None:
     """Why a layer cannot be replaced, or None."""
     if isinstance(linear, LazyModuleMixin) and linear.has_uninitialized_params():
         return "not yet initialized (LazyLinear)"
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        return f"its forward is not that of nn.Linear ({type(linear).__name__})"
+    if type(linear).forward is not nn.Linear.forward:
+        return f"{type(linear).__name__} has a forward of its own"
+    if "forward" in vars(linear):
+        return "its forward was replaced on the instance, as accelerate does to dispatch a model"
     # nn.MultiheadAttention reads the weight of its out_proj itself and never calls it.
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight directly"
