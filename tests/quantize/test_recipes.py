@@ -28,7 +28,7 @@ def test_storage_round_trip(recipe):
 
 
 def test_every_recipe_has_a_name():
-    assert recipe_names() == ["int8", "llm_int8"]
+    assert {"int8", "llm_int8"} <= set(recipe_names())
     assert make_recipe("llm_int8", threshold=5.0) == pumice.LLMInt8(threshold=5.0)
     assert make_recipe("llm-int8") == pumice.LLMInt8()
 
@@ -44,7 +44,7 @@ def test_recipes_are_frozen():
         (
             lambda: make_recipe("int5"),
             ValueError,
-            "unknown recipe 'int5'; there are: int8, llm_int8",
+            "unknown recipe 'int5'; there are: .*int8, llm_int8",
         ),
         (
             lambda: make_recipe("int8", bits=3),
