@@ -4,12 +4,16 @@ from pumice import nn, ops, quantize
 from pumice.checkpoint import load, save
 from pumice.compress import compress
 from pumice.doctor import doctor
-from pumice.quantize import Int8, LLMInt8
+from pumice.quantize import AWQ, GPTQ, RTN, AWQScaling, Int8, LLMInt8
 from pumice.report import Report, report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "RTN",
+    "AWQScaling",
     "Int8",
     "LLMInt8",
     "Report",

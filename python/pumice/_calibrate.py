@@ -92,7 +92,11 @@ def call(model: nn.Module, sample: Any) -> Any:
         return model(**sample)
     if isinstance(sample, (tuple, list)):
         return model(*sample)
-    raise TypeError(
+    raise not_a_sample(sample)
+
+
+def not_a_sample(sample: Any) -> TypeError:
+    return TypeError(
         "compress: calibration must yield tensors, tuples of arguments or dicts of keyword "
         f"arguments, not {type(sample).__name__}"
     )

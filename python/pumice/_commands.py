@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 import pumice
 from pumice import _console
+from pumice.compress import DEFAULT_EXCLUDE
 from pumice.evaluate import model_size, perplexity, throughput
 from pumice.integrations._packages import MissingExtraError
 from pumice.integrations.models import SAMPLES, load_model
@@ -114,7 +115,7 @@ def compress(
                 method,
                 windows,
                 include=include or None,
-                **({"exclude": exclude} if exclude else {}),
+                exclude=exclude or DEFAULT_EXCLUDE,
                 inplace=True,
                 progress=lambda done, total, name: advance(done, total),
             )

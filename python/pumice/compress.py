@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pumice._calibrate import Measurement, measure
+from pumice._calibrate import Measurement
 from pumice._targets import DEFAULT_EXCLUDE, Selection, find_targets
+from pumice.calibration import Settings
 from pumice.integrations import is_transformers_model
 from pumice.nn._replace import leave_fused_paths, replace_modules
+from pumice.quantize.calibrated import apply
 from pumice.quantize.recipe import Progress, Recipe
 from pumice.report import LayerReport, Report, attach_report, bytes_of, find_report
 
@@ -20,13 +24,17 @@ __all__ = ["DEFAULT_EXCLUDE", "compress"]
 
 def compress(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | Sequence[Recipe],
     calibration: Iterable[Any] | None = None,
     *,
     include: Selection | None = None,
     exclude: Selection = DEFAULT_EXCLUDE,
     inplace: bool = False,
     progress: Progress | None = None,
+    blocks: str | None = None,
+    device: torch.device | str | None = None,
+    offload: bool = False,
+    resume: str | Path | None = None,
 ) -> nn.Module:
     """Compress the linear layers of any PyTorch model.
 
@@ -40,12 +48,19 @@ def compress(
     its own, ``nn.MultiheadAttention``'s ``out_proj``, parametrized weights). The report names them.
     A layer standing in two places is replaced by one layer in both.
 
+    **Methods that need calibration** (:class:`pumice.GPTQ`, :class:`pumice.AWQ`) go through the
+    model's repeated blocks one at a time: a copy of one block is changed, and its outputs are the
+    next block's inputs. In a ``torch.distributed`` process group every process passes its own share
+    of the calibration data; what is gathered is summed, and all get the same model.
+
     Args:
         model: on a device that pumice has kernels for.
-        recipe: the method, e.g. :class:`pumice.LLMInt8` or :class:`pumice.Int8`.
+        recipe: the method, e.g. :class:`pumice.LLMInt8` or :class:`pumice.GPTQ`; or several that
+            are done to each block in turn, such as ``[pumice.AWQScaling(), pumice.GPTQ()]``.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a dict of keyword
-            arguments. Where given, the uncompressed model runs on them and the report holds outlier
-            columns and the relative error of each layer's output. Nothing is stored of them.
+            arguments. Methods that do not need them run the uncompressed model on them, and the
+            report holds outlier columns and the relative error of each layer's output. Of a dict's
+            ``attention_mask`` zeros are padding, which calibrated methods leave out.
         include: which linear layers; all if None. One name pattern or several (``"*.mlp.*"``,
             ``"q_proj"``; :mod:`fnmatch` on the qualified name and on its last part), or a function
             (name, module) -> bool.
@@ -55,6 +70,13 @@ def compress(
             would be: uncompressed parameters are copied, but the weights replaced never are, so the
             extra memory is that of the result.
         progress: called after each layer with (layers done, layers in all, name).
+        blocks: for calibrated methods, the name of the ModuleList of repeated blocks, instead of
+            the largest one; "" to take the model as one block.
+        device: for calibrated methods, where a block computes: a model in the memory of the CPU is
+            compressed on a GPU that holds one block of it.
+        offload: for calibrated methods, keep the activations between blocks on the CPU.
+        resume: for calibrated methods, a folder for finished blocks. After an interruption the same
+            call goes on after the last one, with the same result.
 
     Returns:
         The compressed model: ``model`` itself with ``inplace``, unless it is a bare ``nn.Linear``,
@@ -63,18 +85,15 @@ def compress(
 
     Raises:
         ValueError: no linear layer, or none chosen (the reasons are listed); weights holding NaN or
-            infinities (the layer is named); an empty calibration.
+            infinities (the layer is named); calibration that is empty, lacking, or holds NaN; a
+            layer that calibration shows to be dead or singular; recipes that do not go together.
         TypeError: an argument of the wrong type.
 
     Whatever is raised, ``model`` is as before: replacements are put in place when all are made.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be an nn.Module, not {type(model).__name__}")
-    if not isinstance(recipe, Recipe):
-        raise TypeError(
-            "compress: recipe must be a pumice recipe such as pumice.LLMInt8(), not "
-            f"{recipe!r} (pumice.quantize.make_recipe makes one by name)"
-        )
+    recipes = _checked(recipe)
     if isinstance(calibration, (Tensor, Mapping, str)):
         raise TypeError(
             "compress: calibration must be an iterable of inputs, not one "
@@ -82,10 +101,9 @@ def compress(
         )
     targets = find_targets(model, include, exclude)
     layers = targets.layers
-    replacements = recipe.compress_layers(model, layers, calibration, progress or _silent)
-    measurements: dict[str, Measurement] = {}
-    if calibration is not None:
-        measurements = measure(model, layers, replacements, calibration, recipe.outlier_threshold)
+    settings = Settings(blocks=blocks, device=device, offload=offload, resume=resume)
+    outcome = apply(recipes, model, layers, calibration, progress or _silent, settings)
+    replacements, measurements = outcome.replacements, outcome.measurements
     bytes_before = bytes_of(model)
     rows = [
         _row(name, linear, replacements[name], measurements.get(name, Measurement()))
@@ -94,20 +112,33 @@ def compress(
     previous = find_report(model)
     for name, linear in layers.items():
         _keep_hooks(linear, replacements[name])
+    replaced = {name: model.get_submodule(name) for name in replacements}
 
     if inplace:
         model = replace_modules(model, replacements)
     else:
         # A deep copy that meets a replacement wherever it comes to a replaced layer.
-        memo: dict[int, Any] = {id(layers[name]): new for name, new in replacements.items()}
+        memo: dict[int, Any] = {id(replaced[name]): new for name, new in replacements.items()}
         model = copy.deepcopy(model, memo)
         leave_fused_paths(model)
     if is_transformers_model(model):
         from pumice.integrations.transformers import describe_layers
 
         describe_layers(model)
-    attach_report(model, _merge(previous, recipe, rows, targets.skipped, bytes_before, model))
+    attach_report(model, _merge(previous, recipes, rows, targets.skipped, bytes_before, model))
     return model
+
+
+def _checked(recipe: object) -> list[Recipe]:
+    given = list(recipe) if isinstance(recipe, (list, tuple)) else [recipe]
+    recipes = [one for one in given if isinstance(one, Recipe)]
+    for one in given or [recipe]:
+        if not isinstance(one, Recipe):
+            raise TypeError(
+                "compress: recipe must be a pumice recipe such as pumice.LLMInt8(), or a list of "
+                f"them, not {one!r} (pumice.quantize.make_recipe makes one by name)"
+            )
+    return recipes
 
 
 def _silent(done: int, total: int, name: str) -> None:
@@ -144,7 +175,7 @@ def _keep_hooks(linear: nn.Linear, replacement: nn.Module) -> None:
 
 def _merge(
     previous: Report | None,
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     rows: list[LayerReport],
     skipped: dict[str, str],
     bytes_before: int,
@@ -157,7 +188,10 @@ def _merge(
         skipped = {**previous.skipped, **skipped}
         bytes_before = previous.model_bytes_before
     return Report(
-        recipes=[*(previous.recipes if previous else []), recipe.to_dict()],
+        recipes=[
+            *(previous.recipes if previous else []),
+            *(recipe.to_dict() for recipe in recipes),
+        ],
         layers=rows,
         skipped={name: why for name, why in skipped.items() if name not in done},
         model_bytes_before=bytes_before,

@@ -1,7 +1,8 @@
 """Layers with compressed weights: drop-in replacements for ``nn.Linear``."""
 
 from pumice.nn._linear import CompressedLinear, layer_from_config
+from pumice.nn.int4_linear import Int4Linear
 from pumice.nn.int8_linear import Int8Linear
 from pumice.nn.int8_mixed_linear import Int8MixedLinear
 
-__all__ = ["CompressedLinear", "Int8Linear", "Int8MixedLinear", "layer_from_config"]
+__all__ = ["CompressedLinear", "Int4Linear", "Int8Linear", "Int8MixedLinear", "layer_from_config"]

@@ -3,8 +3,8 @@
 A recipe is a frozen dataclass of the method's settings. Its unit of work is a set of named linear
 layers of one model, for which it returns replacements; :func:`pumice.compress` chooses the layers,
 measures, and puts the replacements in place. A method that looks at one weight at a time derives
-from :class:`LinearRecipe`; one that needs activations, or layers in order, overrides
-:meth:`Recipe.compress_layers` itself.
+from :class:`LinearRecipe`; one that needs to see activations, from
+:class:`pumice.quantize.calibrated.CalibratedRecipe`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
+
+from pumice._calibrate import Measurement, measure
+from pumice.calibration import Settings, Stage
 
 # Called with the number of layers done, the number of all, and the name of the last one done.
 Progress = Callable[[int, int, str], None]
@@ -22,10 +26,27 @@ Progress = Callable[[int, int, str], None]
 _RECIPES: dict[str, type[Recipe]] = {}
 
 
+@dataclass
+class Outcome:
+    """What a recipe gives :func:`pumice.compress`.
+
+    Attributes:
+        replacements: by qualified name: a compressed layer for each layer chosen, and whatever else
+            must change with them, such as a norm that a scale was folded into.
+        measurements: of layers whose error was measured, by name.
+    """
+
+    replacements: dict[str, nn.Module]
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+
+
 class Recipe(ABC):
     """Settings of a compression method. Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
+
+    # False for a recipe that only prepares weights for the one that follows it.
+    compresses: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,17 +61,26 @@ class Recipe(ABC):
         """TypeError or ValueError, naming the setting, if one is not acceptable."""
 
     @abstractmethod
-    def compress_layers(
+    def apply(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Linear],
         calibration: Iterable[Any] | None,
         progress: Progress,
-    ) -> dict[str, nn.Module]:
+        settings: Settings,
+    ) -> Outcome:
         """Replacements for the given layers of the model, which is left as it is.
 
         Errors name the layer.
         """
+
+    @abstractmethod
+    def compress_outside(self, linear: nn.Linear) -> nn.Module:
+        """The replacement of one layer without calibration, as for those outside of any block."""
+
+    def stages(self) -> list[Stage] | None:
+        """Its steps for :func:`pumice.calibration.run`, if it can be combined with others."""
+        return None
 
     @property
     def outlier_threshold(self) -> float | None:
@@ -69,21 +99,30 @@ class LinearRecipe(Recipe):
     def compress_linear(self, linear: nn.Linear) -> nn.Module:
         """The replacement of one layer, which is left as it is."""
 
-    def compress_layers(
+    def compress_outside(self, linear: nn.Linear) -> nn.Module:
+        return self.compress_linear(linear)
+
+    def apply(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Linear],
         calibration: Iterable[Any] | None,
         progress: Progress,
-    ) -> dict[str, nn.Module]:
-        replacements = {}
+        settings: Settings,
+    ) -> Outcome:
+        replacements: dict[str, nn.Module] = {}
         for done, (name, linear) in enumerate(layers.items(), start=1):
             try:
                 replacements[name] = self.compress_linear(linear)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"layer {name!r}: {error}") from error
             progress(done, len(layers), name)
-        return replacements
+        if calibration is None:
+            return Outcome(replacements)
+        return Outcome(
+            replacements,
+            measure(model, layers, replacements, calibration, self.outlier_threshold),
+        )
 
 
 def recipe_names() -> list[str]:

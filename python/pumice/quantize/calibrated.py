@@ -1,0 +1,101 @@
+"""Methods that need to see what layers are given: stages run block by block, and their stacking."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from pumice._calibrate import Measurement
+from pumice.calibration import Settings, Stage, run
+from pumice.quantize.recipe import Outcome, Progress, Recipe
+
+
+class CalibratedRecipe(Recipe):
+    """A method made of stages that :func:`pumice.calibration.run` does to each block."""
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """Its steps, in order."""
+
+    def apply(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Linear],
+        calibration: Iterable[Any] | None,
+        progress: Progress,
+        settings: Settings,
+    ) -> Outcome:
+        return apply_in_turn([self], model, layers, calibration, progress, settings)
+
+
+def apply(
+    recipes: Sequence[Recipe],
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    calibration: Iterable[Any] | None,
+    progress: Progress,
+    settings: Settings,
+) -> Outcome:
+    """Apply one recipe, or several in turn."""
+    if len(recipes) == 1:
+        return recipes[0].apply(model, layers, calibration, progress, settings)
+    return apply_in_turn(recipes, model, layers, calibration, progress, settings)
+
+
+def apply_in_turn(
+    recipes: Sequence[Recipe],
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    calibration: Iterable[Any] | None,
+    progress: Progress,
+    settings: Settings,
+) -> Outcome:
+    """Do the stages of several recipes to each block; the last recipe compresses it."""
+    stages: list[Stage] = []
+    for recipe in recipes:
+        own = recipe.stages()
+        if own is None:
+            raise TypeError(
+                f"compress: {type(recipe).__name__} works without calibration and cannot be "
+                "combined with other recipes"
+            )
+        stages += own
+    names = " and ".join(type(recipe).__name__ for recipe in recipes)
+    for recipe in recipes[:-1]:
+        if recipe.compresses:
+            raise ValueError(
+                f"compress: {type(recipe).__name__} compresses the layers, so nothing can follow "
+                "it; only the last recipe of a list may do that"
+            )
+    last = recipes[-1]
+    if not last.compresses:
+        raise ValueError(
+            f"compress: {type(last).__name__} only prepares the weights; follow it with a recipe "
+            f"that compresses them: [{type(last).__name__}(…), pumice.GPTQ(…)]"
+        )
+    if calibration is None:
+        raise ValueError(
+            f"compress: {names} needs calibration data: pass calibration=[inputs of the model, …]"
+        )
+
+    def outside(linear: nn.Linear) -> nn.Module:
+        return last.compress_outside(linear)
+
+    result = run(
+        model,
+        layers,
+        calibration,
+        stages,
+        outside,
+        settings=settings,
+        fingerprint={"recipes": [recipe.to_dict() for recipe in recipes], "layers": list(layers)},
+        progress=progress,
+    )
+    errors = {
+        name: Measurement(squared_error=error**2, squared_norm=1.0, calls=1)
+        for name, error in result.errors.items()
+    }
+    return Outcome(result.replacements, errors)
