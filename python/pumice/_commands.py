@@ -94,7 +94,7 @@ def compress(
     calibrate: Annotated[
         str, typer.Option(metavar="TEXT", help=f"Measure each layer on a text. {_TEXT_HELP}")
     ] = "",
-    calibration_windows: Annotated[int, typer.Option(help="Windows of 512 tokens of it.")] = 4,
+    calibration_windows: Annotated[int, typer.Option(help="Windows of it, of 512 tokens.")] = 4,
     dtype: DType = "",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     full: Annotated[bool, typer.Option(help="Report every layer, not a summary.")] = False,
@@ -108,7 +108,7 @@ def compress(
         windows = None
         if calibrate:
             ids = _token_ids(tokenizer, calibrate, "calibration", bars)
-            windows = _windows(ids, calibration_windows)
+            windows = _windows(ids, calibration_windows, _context(loaded))
         with _console.step(bars, "compressing") as advance:
             compressed = pumice.compress(
                 loaded,
@@ -230,7 +230,13 @@ def _token_ids(tokenizer: Any, text: str, split: Split, bars: Progress) -> torch
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _windows(ids: torch.Tensor, count: int, context: int = 512) -> list[dict[str, torch.Tensor]]:
+def _context(model: torch.nn.Module, usual: int = 512) -> int:
+    """The length of calibration windows: the usual one, where the model was made for that many."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(usual, limit) if isinstance(limit, int) else usual
+
+
+def _windows(ids: torch.Tensor, count: int, context: int) -> list[dict[str, torch.Tensor]]:
     """Calibration inputs: windows evenly spaced over the text, as ``perplexity`` takes them."""
     available = len(ids) // context
     if not 1 <= count <= available:

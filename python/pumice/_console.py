@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -83,9 +84,10 @@ def groups(report: Report) -> list[Group]:
 
 def report_table(report: Report, title: str) -> Table:
     """A report of hundreds of layers in a few lines: one for each part that layers play."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("layers", "in → out", "MB before", "MB after"):
-        table.add_column(heading, justify="left" if heading == "layers" else "right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("in → out", justify="right", no_wrap=True)
+    table.add_column("MB", justify="right", no_wrap=True)
     measured = any(layer.relative_error is not None for layer in report.layers)
     outliers = any(layer.outlier_fraction is not None for layer in report.layers)
     if outliers:
@@ -94,18 +96,24 @@ def report_table(report: Report, title: str) -> Table:
         table.add_column("largest output error", justify="right")
     for group in groups(report):
         shapes = {(layer.in_features, layer.out_features) for layer in group.layers}
-        shape = " → ".join(map(str, shapes.pop())) if len(shapes) == 1 else "several"
+        before = sum(layer.bytes_before for layer in group.layers) / 1e6
+        after = sum(layer.bytes_after for layer in group.layers) / 1e6
         cells = [
             f"{len(group.layers)} × {group.name}",
-            shape,
-            f"{sum(layer.bytes_before for layer in group.layers) / 1e6:.1f}",
-            f"{sum(layer.bytes_after for layer in group.layers) / 1e6:.1f}",
+            " → ".join(map(str, shapes.pop())) if len(shapes) == 1 else "several",
+            f"{before:.1f} → {after:.1f}",
         ]
         if outliers:
             fraction = group.outlier_fraction
             cells.append("" if fraction is None else f"{fraction:.2%}")
         if measured:
             worst = group.worst
-            cells.append("" if worst is None else f"{worst.relative_error:.2%} ({worst.name})")
+            cells.append("" if worst is None else f"{worst.relative_error:.2%} {_place(worst)}")
         table.add_row(*cells)
     return table
+
+
+def _place(layer: LayerReport) -> str:
+    """Which of its group: the block's number, the one numeric part that such names have."""
+    numbers = [part for part in layer.name.split(".") if part.isdigit()]
+    return f"(block {'.'.join(numbers)})" if numbers else ""

@@ -21,13 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from pumice._commands import app
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        sys.exit(_without_extra(arguments, error.name))
+        sys.exit(_without_extra(arguments, missing))
     app(args=list(arguments), prog_name="pumice")
 
 
-def _without_extra(arguments: Sequence[str], missing: str | None) -> int:
+def _without_extra(arguments: Sequence[str], missing: str) -> int:
     if list(arguments) == ["doctor"]:
         from pumice.doctor import doctor
 

@@ -120,18 +120,19 @@ def throughput(
     prefill: int = 512,
     decode: int = 32,
     repeats: int = 3,
+    warmup: int = 1,
     on_repeat: Callable[[int, int], None] | None = None,
 ) -> Throughput:
     """Tokens a second of one sequence (batch 1): reading a prompt, then generating greedily.
 
     Prefill runs ``prefill`` tokens at once and asks for the last position's logits only, as
     generation does. Decode feeds back one token at a time through the key–value cache that the
-    prefill filled. One untimed round comes first; then the median of ``repeats`` is taken.
+    prefill filled. ``warmup`` untimed rounds come first; then the median of ``repeats`` is taken.
 
     Args:
         model: a transformers causal language model (it must take ``past_key_values``).
         token_ids: [tokens] integers, at least ``prefill`` of them: the prompt.
-        on_repeat: called as ``on_repeat(done, total)`` after each round, the untimed one included.
+        on_repeat: called as ``on_repeat(done, total)`` after each round, untimed ones included.
 
     Raises:
         TypeError, ValueError: as ``perplexity``; or a count below 1.
@@ -145,13 +146,13 @@ def throughput(
     prefills, decodes = [], []
     with _inference(model) as device:
         prompt = ids[:prefill].to(device)[None]
-        for done in range(repeats + 1):
+        for done in range(warmup + repeats):
             read, generated = _generate_once(model, prompt, decode)
-            if done:
+            if done >= warmup:
                 prefills.append(prefill / read)
                 decodes.append(decode / generated)
             if on_repeat:
-                on_repeat(done + 1, repeats + 1)
+                on_repeat(done + 1, warmup + repeats)
     return Throughput(
         statistics.median(prefills),
         statistics.median(decodes),
