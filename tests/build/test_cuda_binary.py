@@ -12,6 +12,7 @@ EXPECTED = {
     "int8_quantize": ["F2I"],
     "int8_gemm": ["IMMA.16832.S8.S8", "HMMA.16816.F32", "LDGSTS", "LDSM"],
     "int8_small_m": ["HMMA.16816.F32"],
+    "int4_weight": ["I2F", "STG.E.128"],
 }
 
 
