@@ -91,10 +91,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, int kCount>
-struct Array {
-  T at[kCount];
-};
+template <class T>
+__device__ __forceinline__ uint32_t word_of(float first, float second) {
+  return bits_as<uint16_t>(from_float<T>(first)) |
+         static_cast<uint32_t>(bits_as<uint16_t>(from_float<T>(second))) << 16;
+}
+
+// Eight neighbours, 16 bytes at a time.
+template <class T>
+__device__ __forceinline__ void store_eight(T* target, const float (&w)[kWindowValues]) {
+  if constexpr (sizeof(T) == 4) {
+    auto* vectors = reinterpret_cast<float4*>(target);
+    vectors[0] = {w[0], w[1], w[2], w[3]};
+    vectors[1] = {w[4], w[5], w[6], w[7]};
+  } else {
+    *reinterpret_cast<uint4*>(target) = {word_of<T>(w[0], w[1]), word_of<T>(w[2], w[3]),
+                                         word_of<T>(w[4], w[5]), word_of<T>(w[6], w[7])};
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -104,21 +118,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = blockIdx.y; row < weight.n; row += gridDim.y) {
     float w[kWindowValues];
     dequantize_window(weight, row, unit_index(), w);
-    Array<T, kWindowValues> rounded;
-#pragma unroll
-    for (int i = 0; i < kWindowValues; ++i) rounded.at[i] = from_float<T>(w[i]);
     T* target = out + row * weight.k + k0;
     if (aligned) {
-      constexpr int kVectors = sizeof(rounded) / 16;
-      const auto vectors = bits_as<Array<uint4, kVectors>>(rounded);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        reinterpret_cast<uint4*>(target)[i] = vectors.at[i];
-      }
+      store_eight(target, w);
     } else {
 #pragma unroll
       for (int i = 0; i < kWindowValues; ++i) {
-        if (k0 + i < weight.k) target[i] = rounded.at[i];
+        if (k0 + i < weight.k) target[i] = from_float<T>(w[i]);
       }
     }
   }
