@@ -43,6 +43,11 @@ class Backend:
 
         return run
 
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """One graph for all shapes; nothing is kept of what was compiled for another backend."""
+        torch._dynamo.reset()
+        return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+
     def multiplies_in_int8(self, m: int) -> bool:
         """CUDA multiplies few rows in 16 bit, without quantizing them."""
         return self.name == "cpu" or m > 32
