@@ -15,6 +15,7 @@
 
 #include "cuda/intn_window.h"
 #include "cuda/launch.h"
+#include "cuda/ptx/store.h"
 
 namespace pumice::cuda {
 namespace {
@@ -105,8 +106,8 @@ __device__ __forceinline__ void store_eight(T* target, const float (&w)[kWindowV
     vectors[0] = {w[0], w[1], w[2], w[3]};
     vectors[1] = {w[4], w[5], w[6], w[7]};
   } else {
-    *reinterpret_cast<uint4*>(target) = {word_of<T>(w[0], w[1]), word_of<T>(w[2], w[3]),
-                                         word_of<T>(w[4], w[5]), word_of<T>(w[6], w[7])};
+    ptx::store_16(target, {word_of<T>(w[0], w[1]), word_of<T>(w[2], w[3]), word_of<T>(w[4], w[5]),
+                           word_of<T>(w[6], w[7])});
   }
 }
 
