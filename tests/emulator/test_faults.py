@@ -25,6 +25,7 @@ FAULTS = {
     "missing_syncwarp": RACE,
     "shuffle_as_barrier": RACE,
     "half_warp_barrier": RACE,
+    "read_by_two_warps": RACE,
     "missing_cp_async_wait": IN_FLIGHT,
     "uncommitted_cp_async": IN_FLIGHT,
     "waits_for_too_few_groups": IN_FLIGHT,
@@ -48,6 +49,10 @@ FAULTS = {
     "shuffle_from_absent_lane": "divergent warp: .* from a lane that its mask does not name",
     "mma_in_half_a_warp": r"divergent warp|deadlock: .* wait at mma\.sync",
     "blocks_write_the_same": "data race on global memory",
+    "block_reads_what_another_writes": "data race on global memory",
+    "block_writes_what_both_read": "data race on global memory",
+    "plain_read_beside_atomics": "data race on global memory",
+    "last_block_without_acquire": "data race on global memory",
     "last_block_without_fence": "data race on global memory",
     "last_block_without_barrier": "data race on global memory",
     "waits_for_another_block": "deadlock: .* cannot wait for each other",
@@ -81,10 +86,14 @@ def test_repaired_kernel_passes(emulator: Selftest, seed: int, name: str) -> Non
     ("name", "sides"),
     [
         ("missing_syncthreads", ["reads .* wrote", "writes .* read"]),
+        ("half_warp_barrier", ["reads .* wrote"]),
+        ("read_by_two_warps", ["reads .* wrote", "writes .* read"]),
+        ("block_writes_what_both_read", ["reads .* wrote", "writes .* read"]),
+        ("plain_read_beside_atomics", ["reads .* updated", "updates .* read"]),
         ("cp_async_wait_without_barrier", [NO_BARRIER, r"starts a cp\.async .* read"]),
     ],
 )
-def test_either_side_of_a_race_may_come_first(
+def test_caught_in_every_order(
     emulator: Selftest, monkeypatch: pytest.MonkeyPatch, name: str, sides: list[str]
 ) -> None:
     messages = []
@@ -105,6 +114,28 @@ def test_report_names_both_sides(emulator: Selftest) -> None:
     assert "overwrite_while_read" in text  # the kernel
     lines = {int(n) for n in re.findall(r"tests/emulator/selftest/faults\.cu:(\d+)", text)}
     assert len(lines) == 2
+
+
+def test_a_view_ends_where_it_ends(emulator: Selftest) -> None:
+    """Though its storage goes on."""
+    base, y = torch.arange(1000.0), torch.zeros(256)
+    for name, view in [
+        ("global_read_before_start", base[64:320]),
+        ("global_read_out_of_bounds", base[64:320]),
+    ]:
+        with pytest.raises(RuntimeError, match=FAULTS[name]):
+            emulator.ops.fault(name, False, view, y)
+    with pytest.raises(RuntimeError, match="misaligned access"):
+        emulator.ops.fault("missing_cp_async_wait", True, base[1:257], y)
+    emulator.ops.fault("missing_cp_async_wait", True, base[4:260], y)
+    assert torch.equal(y[:64], base[4:260:4])
+
+
+def test_input_and_output_may_share_a_storage(emulator: Selftest) -> None:
+    base = torch.arange(1.0, 513.0)
+    emulator.ops.fault("global_write_out_of_bounds", True, base[:256], base[256:])
+    assert torch.equal(base[256:384], torch.arange(1.0, 65.0).repeat(2))
+    assert torch.equal(base[384:], torch.arange(385.0, 513.0))
 
 
 def test_tensors_are_untouched_by_a_failed_launch(emulator: Selftest) -> None:

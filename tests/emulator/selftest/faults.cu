@@ -78,14 +78,27 @@ __global__ void shuffle_as_barrier(const float* x, float* y) {
   y[THREAD_ELEMENT] = shared[threadIdx.x ^ 1] + other;
 }
 
-// A barrier of half warps orders halves only.
+// A barrier of half a warp orders that half only.
 template <bool kRepaired>
 __global__ void half_warp_barrier(const float* x, float* y) {
   clear_shared_memory();
   auto* shared = dynamic_shared_memory<float>();
-  shared[threadIdx.x] = x[threadIdx.x];
-  __syncwarp(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
-  y[THREAD_ELEMENT] = shared[threadIdx.x ^ (kRepaired ? 8 : 16)];
+  if (threadIdx.x == 16) shared[16] = x[16];
+  if (threadIdx.x < 32) {
+    __syncwarp(kRepaired ? kFullWarp : threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u);
+  }
+  y[THREAD_ELEMENT] = threadIdx.x == 0 ? shared[16] : x[threadIdx.x];
+}
+
+// Two readers, of which one writes.
+template <bool kRepaired>
+__global__ void read_by_two_warps(const float* x, float* y) {
+  clear_shared_memory();
+  auto* shared = dynamic_shared_memory<float>();
+  const float v = threadIdx.x % 32 == 0 ? shared[0] : 0;
+  if constexpr (kRepaired) __syncthreads();
+  if (threadIdx.x == 0) shared[0] = x[0] + v;
+  y[THREAD_ELEMENT] = x[threadIdx.x];
 }
 
 template <bool kRepaired>
@@ -283,16 +296,43 @@ __global__ void blocks_write_the_same(const float* x, float* y) {
   }
 }
 
+// Whichever block comes first.
+template <bool kRepaired>
+__global__ void block_reads_what_another_writes(const float* x, float* y) {
+  if (blockIdx.x == 0) {
+    y[threadIdx.x] = x[threadIdx.x];
+  } else {
+    y[kThreads + threadIdx.x] = kRepaired ? x[threadIdx.x] : y[threadIdx.x];
+  }
+}
+
+template <bool kRepaired>
+__global__ void plain_read_beside_atomics(const float* x, float* y) {
+  if (blockIdx.x == 0) {
+    atomicAdd(&y[0], x[threadIdx.x]);
+  } else if (threadIdx.x == 0) {
+    y[1] = kRepaired ? atomicAdd(&y[0], 0.0f) : y[0];
+  }
+}
+
+// Both blocks read, one of them writes afterwards.
+template <bool kRepaired>
+__global__ void block_writes_what_both_read(const float* x, float* y) {
+  const float v = y[threadIdx.x];
+  y[kThreads + THREAD_ELEMENT] = x[threadIdx.x];
+  if (!kRepaired && blockIdx.x == 0) y[threadIdx.x] = v + 1;
+}
+
 // The last block adds up what all blocks wrote: the counter is y[kSize - 1].
-template <bool kFence, bool kBarrier>
+template <bool kRelease, bool kAcquire, bool kBarrier>
 __device__ void last_block_sums(const float* x, float* y) {
   auto* shared = dynamic_shared_memory<unsigned>();
   y[THREAD_ELEMENT] = x[threadIdx.x];
   if constexpr (kBarrier) __syncthreads();
   if (threadIdx.x == 0) {
-    if constexpr (kFence) __threadfence();
+    if constexpr (kRelease) __threadfence();
     shared[0] = atomicAdd(reinterpret_cast<unsigned*>(&y[kSize - 1]), 1u);
-    if constexpr (kFence) __threadfence();
+    if constexpr (kAcquire) __threadfence();
   }
   __syncthreads();
   if (shared[0] != kBlocks - 1) return;
@@ -301,12 +341,17 @@ __device__ void last_block_sums(const float* x, float* y) {
 
 template <bool kRepaired>
 __global__ void last_block_without_fence(const float* x, float* y) {
-  last_block_sums<kRepaired, true>(x, y);
+  last_block_sums<kRepaired, true, true>(x, y);
 }
 
 template <bool kRepaired>
 __global__ void last_block_without_barrier(const float* x, float* y) {
-  last_block_sums<true, kRepaired>(x, y);
+  last_block_sums<true, true, kRepaired>(x, y);
+}
+
+template <bool kRepaired>
+__global__ void last_block_without_acquire(const float* x, float* y) {
+  last_block_sums<true, kRepaired, true>(x, y);
 }
 
 // Blocks need not run at the same time.
@@ -360,6 +405,7 @@ void fault(std::string name, bool repaired, const Tensor& x, const Tensor& y) {
       FAULT(missing_syncwarp),
       FAULT(shuffle_as_barrier),
       FAULT(half_warp_barrier),
+      FAULT(read_by_two_warps),
       FAULT(missing_cp_async_wait),
       FAULT(uncommitted_cp_async),
       FAULT(waits_for_too_few_groups),
@@ -383,6 +429,10 @@ void fault(std::string name, bool repaired, const Tensor& x, const Tensor& y) {
       FAULT(shuffle_from_absent_lane),
       FAULT(mma_in_half_a_warp),
       FAULT(blocks_write_the_same),
+      FAULT(block_reads_what_another_writes),
+      FAULT(block_writes_what_both_read),
+      FAULT(plain_read_beside_atomics),
+      FAULT(last_block_without_acquire),
       FAULT(last_block_without_fence),
       FAULT(last_block_without_barrier),
       FAULT(waits_for_another_block),
