@@ -51,6 +51,15 @@ def main() -> None:
                 x, qweight, weight_scale, bias, threshold=6.0, per_element=per_element
             )
             digests["mixed"].update(bits(y))
+    # Conversions to 16 bit, of every magnitude.
+    scale = torch.randint(-(2**31), 2**31, (100_000,), generator=g).to(torch.int32)
+    scale = scale.view(torch.float32).nan_to_num()
+    one = torch.ones(1, 1, dtype=torch.int8)
+    for dtype in DTYPES:
+        y = pumice.ops.int8_linear(
+            one.expand(len(scale), 1), scale, one, torch.ones(1), out_dtype=dtype
+        )
+        digests["linear"].update(bits(y))
     found = {name: digest.hexdigest() for name, digest in digests.items()}
     print(json.dumps({"isa": _C.cpu_isa(), **found}))
 

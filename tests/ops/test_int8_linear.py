@@ -61,6 +61,23 @@ def test_dtypes(backend: Backend, bias_dtype: Any, out_dtype: torch.dtype) -> No
           out_dtype=out_dtype)  # fmt: skip
 
 
+@pytest.mark.parametrize("out_dtype", FLOATS)
+def test_output_rounding(backend: Backend, out_dtype: torch.dtype) -> None:
+    """y = 1 · scale · 1: floats of every magnitude, rounded to nearest even like torch does."""
+    m = 300 if backend.name == "emulated" else 50_000
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (m,), generator=g)
+    near = torch.arange(0x3800, 0x3800 + 128) << 16  # around the smallest normal float16
+    ties = torch.arange(128) * 0x11000 + 0x3F808000  # halfway between two bfloat16
+    bits[:256] = torch.cat([near, ties])
+    scale = bits.to(torch.int32).view(torch.float32)
+    scale = scale.where(scale.isfinite(), 1.0)
+    one = torch.ones(1, 1, dtype=torch.int8)
+    weight = (one, torch.ones(1), None)
+    y = run(backend, one.expand(m, 1), scale, *weight, out_dtype=out_dtype)
+    assert torch.equal(y[:, 0].cpu(), scale.to(out_dtype))
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 2, 7), (2, 0, 7), (0, 7), (1, 1, 1, 7)])
 def test_any_rank(backend: Backend, shape: tuple[int, ...]) -> None:
     q = torch.arange(torch.Size(shape).numel()).reshape(shape).to(torch.int8)
