@@ -148,7 +148,7 @@ def _from_gguf(file: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
             loaded = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=dtype or torch.float32
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the reader has no error of its own: struct.error, IndexError…
             raise ValueError(f"transformers cannot load {file}: {error}") from error
         # transformers marks the model as quantized (and then refuses to save it) although its
         # weights are floats by now; one built from the same configuration carries no such mark.
