@@ -49,8 +49,9 @@ __device__ __forceinline__ void store_neighbours(const Int8Product& product, int
 // and each has 4 columns of one of two neighbouring fragments.
 template <class T, int kFragmentsM, int kFragmentsN>
 __device__ __forceinline__ void store_tile(const float (&out)[kFragmentsM][kFragmentsN][4],
-                                           const Int8Product& product, int64_t m0, int64_t n0) {
-  const int group = lane_index() / 4, t = lane_index() % 4;
+                                           const Int8Product& product, int64_t m0, int64_t n0,
+                                           int lane) {
+  const int group = lane / 4, t = lane % 4;
 #pragma unroll
   for (int j = 0; j < kFragmentsN; j += 2) {
     ColumnTerms terms[2][2];

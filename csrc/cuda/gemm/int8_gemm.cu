@@ -28,6 +28,8 @@
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/mma.h"
+#include "cuda/ptx/thread.h"
+#include "cuda/quantize/int8_quantize.h"
 
 namespace pumice::cuda {
 namespace {
@@ -36,20 +38,34 @@ constexpr int kSliceBytes = kInt8BlockK;         // a row of a slice
 constexpr int kChunks = kSliceBytes / 16;        // of a row
 constexpr int kStepsOfSlice = kSliceBytes / 32;  // mma.m16n8k32
 
+constexpr int kTicketBytes = 16;  // of shared memory, after the stages
+
 // Blocks run at the same time on neighbouring tiles; in bands of 16 tiles along M these need the
 // fewest different rows of q and weight, which then come from L2.
 constexpr int kBandTiles = 16;
 
-struct TileGrid {
-  int tiles_m, tiles_n;
+// What there is to do: items are parts of tiles, the parts of a tile next to each other.
+struct Work {
+  int tiles_m, tiles_n, parts, slices;
+  int32_t* partial_sums;  // [item][fragment][thread], used if parts > 1
+  uint32_t* tickets;      // [tile], zero at the start
 
-  __device__ __forceinline__ int count() const { return tiles_m * tiles_n; }
-  __device__ __forceinline__ void locate(int tile, int& tile_m, int& tile_n) const {
+  __device__ __forceinline__ int items() const { return tiles_m * tiles_n * parts; }
+  __device__ __forceinline__ void locate(int item, int& tile_m, int& tile_n) const {
+    const int tile = item / parts;
     const int band_size = kBandTiles * tiles_n;
     const int first_m = tile / band_size * kBandTiles;
     const int band_m = min(tiles_m - first_m, kBandTiles);
     tile_m = first_m + tile % band_size % band_m;
     tile_n = tile % band_size / band_m;
+  }
+  // Part p of P takes the slices from p·slices/P on.
+  __device__ __forceinline__ int first_slice(int item) const {
+    return static_cast<int>(static_cast<int64_t>(item % parts) * slices / parts);
+  }
+  __device__ __forceinline__ int slices_of(int item) const {
+    return static_cast<int>(static_cast<int64_t>(item % parts + 1) * slices / parts) -
+           first_slice(item);
   }
 };
 
@@ -63,19 +79,18 @@ class SliceLoader {
   static_assert(kRowStep % 8 == 0 && Tile::kBlockM % kRowStep == 0 &&
                 Tile::kBlockN % kRowStep == 0);
 
-  __device__ SliceLoader(const Int8Product& product, const Int8Tokens& tokens, const TileGrid& grid,
+  __device__ SliceLoader(const Int8Product& product, const Int8Tokens& tokens, const Work& work,
                          unsigned char* stages)
-      : product_(product), tokens_(tokens), grid_(grid), tile_(static_cast<int>(blockIdx.x)) {
+      : product_(product), tokens_(tokens), work_(work), item_(static_cast<int>(blockIdx.x)) {
     const int row = static_cast<int>(threadIdx.x) / kChunks;
     const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-    column_ = chunk * 16;
     target_ = stages + row * kSliceBytes + (chunk ^ (row & 7)) * 16;
-    start_tile();
+    start_item();
   }
 
-  // The next slice into `stage`, if there is one; commits a group in any case.
+  // The next slice into `stage`, if there is one; closes a group of copies in any case.
   __device__ __forceinline__ void load_next(int stage) {
-    if (tile_ < grid_.count()) {
+    if (item_ < work_.items()) {
       unsigned char* target = target_ + stage * kStageBytes;
       load_rows<Tile::kBlockM>(target, q_, tokens_.stride, rows_of_q_);
       load_rows<Tile::kBlockN>(target + Tile::kBlockM * kSliceBytes, weight_, product_.k,
@@ -83,25 +98,27 @@ class SliceLoader {
       k_ += kSliceBytes;
       q_ += kSliceBytes;
       weight_ += kSliceBytes;
-      if (k_ >= product_.k) {
-        tile_ += static_cast<int>(gridDim.x);
-        start_tile();
+      if (--slices_left_ == 0) {
+        item_ += static_cast<int>(gridDim.x);
+        start_item();
       }
     }
     ptx::cp_async_commit();
   }
 
  private:
-  __device__ __forceinline__ void start_tile() {
-    if (tile_ >= grid_.count()) return;
+  __device__ __forceinline__ void start_item() {
+    if (item_ >= work_.items()) return;
     int tile_m, tile_n;
-    grid_.locate(tile_, tile_m, tile_n);
-    const int row = static_cast<int>(threadIdx.x) / kChunks;
+    work_.locate(item_, tile_m, tile_n);
+    const int thread = ptx::thread_index_here();
+    const int row = thread / kChunks;
     const int64_t m = static_cast<int64_t>(tile_m) * Tile::kBlockM + row;
     const int64_t n = static_cast<int64_t>(tile_n) * Tile::kBlockN + row;
-    k_ = 0;
-    q_ = tokens_.q + m * tokens_.stride + column_;
-    weight_ = product_.weight + n * product_.k + column_;
+    slices_left_ = work_.slices_of(item_);
+    k_ = work_.first_slice(item_) * kSliceBytes + thread % kChunks * 16;
+    q_ = tokens_.q + m * tokens_.stride + k_;
+    weight_ = product_.weight + n * product_.k + k_;
     rows_of_q_ = static_cast<int>(min(product_.m - m, int64_t{Tile::kBlockM}));
     rows_of_weight_ = static_cast<int>(min(product_.n - n, int64_t{Tile::kBlockN}));
   }
@@ -109,7 +126,7 @@ class SliceLoader {
   template <int kRows>
   __device__ __forceinline__ void load_rows(unsigned char* target, const int8_t* source,
                                             int64_t stride, int rows_left) const {
-    const int64_t bytes_left = product_.k - k_ - column_;
+    const int bytes_left = static_cast<int>(product_.k) - k_;
 #pragma unroll
     for (int i = 0; i < kRows / kRowStep; ++i) {
       const bool inside = i * kRowStep < rows_left && bytes_left > 0;
@@ -125,61 +142,109 @@ class SliceLoader {
 
   const Int8Product& product_;
   const Int8Tokens& tokens_;
-  TileGrid grid_;
-  int tile_, column_, rows_of_q_, rows_of_weight_;
-  int64_t k_;
+  const Work& work_;
+  int item_, k_, slices_left_, rows_of_q_, rows_of_weight_;
   unsigned char* target_;
   const int8_t* q_;
   const int8_t* weight_;
 };
 
-// The operands of one k step of a warp, and where it reads them.
-template <class Tile>
-struct Fragments {
-  uint32_t a[Tile::kWarpM / 16][4];
-  uint32_t b[Tile::kWarpN / 8][2];
-
-  __device__ __forceinline__ void load(const unsigned char* a_rows, const unsigned char* b_rows,
+// A warp's operands, read from a slice by ldmatrix: lanes 0-7, 8-15, .. give the rows of the four
+// matrices in the order of ptx/mma.h. `rows` is where the warp's first row lies.
+template <int kFragmentsM>
+__device__ __forceinline__ void load_a(uint32_t (&a)[kFragmentsM][4], const unsigned char* rows,
                                        int step) {
-    // Lanes 0-7, 8-15, ..: rows of the four matrices in the order of ptx/mma.h.
-    const int lane = lane_index();
-    const int a_chunk = (lane / 16 + 2 * step) ^ (lane % 8);
-    const int b_chunk = (lane / 8 % 2 + 2 * step) ^ (lane % 8);
+  const int lane = lane_index();
+  const int chunk = (lane / 16 + 2 * step) ^ (lane % 8);
 #pragma unroll
-    for (int i = 0; i < Tile::kWarpM / 16; ++i) {
-      ptx::ldmatrix_x4(a[i], a_rows + (i * 16 + lane % 16) * kSliceBytes + a_chunk * 16);
-    }
+  for (int i = 0; i < kFragmentsM; ++i) {
+    ptx::ldmatrix_x4(a[i], rows + (i * 16 + lane % 16) * kSliceBytes + chunk * 16);
+  }
+}
+
+// B operands j and j + 1.
+__device__ __forceinline__ void load_b_pair(uint32_t (&b0)[2], uint32_t (&b1)[2],
+                                            const unsigned char* rows, int j, int step) {
+  const int lane = lane_index();
+  const int chunk = (lane / 8 % 2 + 2 * step) ^ (lane % 8);
+  const int row = j * 8 + lane / 16 * 8 + lane % 8;
+  ptx::ldmatrix_x4(b0[0], b0[1], b1[0], b1[1], rows + row * kSliceBytes + chunk * 16);
+}
+
+template <int kFragmentsN>
+__device__ __forceinline__ void load_b(uint32_t (&b)[kFragmentsN][2], const unsigned char* rows,
+                                       int step) {
 #pragma unroll
-    for (int j = 0; j < Tile::kWarpN / 8; j += 2) {
-      const int row = j * 8 + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix_x4(b[j][0], b[j][1], b[j + 1][0], b[j + 1][1],
-                       b_rows + row * kSliceBytes + b_chunk * 16);
+  for (int j = 0; j < kFragmentsN; j += 2) load_b_pair(b[j], b[j + 1], rows, j, step);
+}
+
+// Adds up the parts of a tile, whose sums are integers: exactly, in any order. Every block leaves
+// its sums in global memory and takes a ticket; the one with the last ticket has all others' to
+// read, and goes on with the tile (true). Nobody waits.
+template <class Tile>
+__device__ __forceinline__ bool add_parts(int32_t (&sum)[Tile::kWarpM / 16][Tile::kWarpN / 8][4],
+                                          const Work& work, int item, uint32_t* shared_ticket,
+                                          int thread) {
+  constexpr int kFragmentsN = Tile::kWarpN / 8;
+  constexpr int64_t kItemFragments = Tile::kBlockM * Tile::kBlockN / 4;
+  int4* partial = reinterpret_cast<int4*>(work.partial_sums) + thread;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpM / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < kFragmentsN; ++j) {
+      const int32_t (&s)[4] = sum[i][j];
+      partial[item * kItemFragments + (i * kFragmentsN + j) * Tile::kThreads] = {s[0], s[1], s[2],
+                                                                                 s[3]};
     }
   }
-};
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) *shared_ticket = atomicAdd(work.tickets + item / work.parts, 1u);
+  __syncthreads();
+  if (*shared_ticket != static_cast<uint32_t>(work.parts - 1)) return false;
+  __threadfence();
+  const int first_item = item / work.parts * work.parts;
+#pragma unroll 1
+  for (int other = first_item; other < first_item + work.parts; ++other) {
+    if (other == item) continue;
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kFragmentsN; ++j) {
+        const int4 s = partial[other * kItemFragments + (i * kFragmentsN + j) * Tile::kThreads];
+        sum[i][j][0] += s.x;
+        sum[i][j][1] += s.y;
+        sum[i][j][2] += s.z;
+        sum[i][j][3] += s.w;
+      }
+    }
+  }
+  return true;
+}
 
 template <class Tile>
-__device__ __forceinline__ OutlierShared outlier_shared(unsigned char* memory, bool split) {
+__device__ __forceinline__ OutlierShared outlier_shared(DType x_dtype) {
+  constexpr int kRowBytes = kOutlierStep * 2;
+  constexpr int kStageBytes = (Tile::kBlockM + Tile::kBlockN) * kSliceBytes;
+  unsigned char* memory =
+      dynamic_shared_memory<unsigned char>() + Tile::kStages * kStageBytes + kTicketBytes;
   OutlierShared shared;
-  const auto take = [&](int bytes) {
-    unsigned char* piece = memory;
-    memory += bytes;
-    return piece;
-  };
-  shared.residual = take(Tile::kBlockM * kOutlierStep * 2);
-  shared.residual_low = take(split ? Tile::kBlockM * kOutlierStep * 2 : 0);
-  shared.weight = take(Tile::kBlockN * kOutlierStep * 2);
-  shared.columns = reinterpret_cast<int32_t*>(take(kOutlierListCapacity * 4));
-  shared.list_state = reinterpret_cast<int32_t*>(take(4 * 4));
-  shared.mask = reinterpret_cast<uint32_t*>(memory);
+  shared.residual = memory;
+  shared.weight = shared.residual + Tile::kBlockM * kRowBytes;
+  shared.columns = reinterpret_cast<int32_t*>(shared.weight + Tile::kBlockN * kRowBytes);
+  shared.list = reinterpret_cast<OutlierList*>(shared.columns + kOutlierListCapacity);
+  shared.residual_low = reinterpret_cast<unsigned char*>(shared.list + 1);
+  const int low_bytes = x_dtype == DType::kFloat32 ? Tile::kBlockM * kRowBytes : 0;
+  shared.mask = reinterpret_cast<uint32_t*>(shared.residual_low + low_bytes);
   return shared;
 }
 
-template <class Tile, bool kAligned, bool kOutliers>
+template <class Tile, bool kAligned>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     int8_gemm_kernel(const __grid_constant__ Int8Product product,
                      const __grid_constant__ Int8Tokens tokens,
-                     const __grid_constant__ Int8Outliers outliers, TileGrid grid) {
+                     const __grid_constant__ Int8Outliers outliers,
+                     const __grid_constant__ Work work) {
   using Loader = SliceLoader<Tile, kAligned>;
   constexpr int kFragmentsM = Tile::kWarpM / 16, kFragmentsN = Tile::kWarpN / 8;
   unsigned char* stages = dynamic_shared_memory<unsigned char>();
@@ -188,63 +253,74 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const unsigned char* a_rows = stages + warp_row * kSliceBytes;
   const unsigned char* b_rows = stages + (Tile::kBlockM + warp_column) * kSliceBytes;
 
-  Loader loader(product, tokens, grid, stages);
+  Loader loader(product, tokens, work, stages);
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) loader.load_next(stage);
 
-  const OutlierShared shared = outlier_shared<Tile>(stages + Tile::kStages * Loader::kStageBytes,
-                                                    product.y_dtype == DType::kFloat32);
-  std::conditional_t<kOutliers, OutlierColumns<Tile::kThreads>, NoOutliers> columns(outliers,
-                                                                                    shared);
-
-  const int slices = static_cast<int>((product.k + kSliceBytes - 1) / kSliceBytes);
-  Fragments<Tile> fragments[2];
-  ptx::cp_async_wait<Tile::kStages - 2>();
-  __syncthreads();
-  fragments[0].load(a_rows, b_rows, 0);
+  uint32_t* shared_ticket =
+      reinterpret_cast<uint32_t*>(stages + Tile::kStages * Loader::kStageBytes);
+  if (outliers.x) {
+    collect_outliers<Tile::kThreads>(outliers, outlier_shared<Tile>(product.y_dtype));
+  }
 
   int stage = 0;
-  for (int tile = static_cast<int>(blockIdx.x); tile < grid.count();
-       tile += static_cast<int>(gridDim.x)) {
+  for (int item = static_cast<int>(blockIdx.x); item < work.items();
+       item += static_cast<int>(gridDim.x)) {
     int32_t sum[kFragmentsM][kFragmentsN][4] = {};
-    const bool last_tile = tile + static_cast<int>(gridDim.x) >= grid.count();
+    // While one k step is multiplied, the operands of the next are read: A into a second set of
+    // registers, B pair by pair into the same, as it is used up. Not across items: the registers
+    // are for the epilogue then.
+    uint32_t a[2][kFragmentsM][4], b[kFragmentsN][2];
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();
+    load_a(a[0], a_rows + stage * Loader::kStageBytes, 0);
+    load_b(b, b_rows + stage * Loader::kStageBytes, 0);
 #pragma unroll 1
-    for (int slice = 0; slice < slices; ++slice) {
-      const bool last = last_tile && slice == slices - 1;
+    for (int slice = work.slices_of(item); slice > 0; --slice) {
+      // The stage before this one is free: all warps passed a barrier after reading it.
+      loader.load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
 #pragma unroll
       for (int step = 0; step < kStepsOfSlice; ++step) {
-        if (step == 0) {
-          // The stage before this one is free: all warps passed the barrier after reading it.
-          loader.load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
-        }
-        if (step == kStepsOfSlice - 1) {
+        const bool last_step = step == kStepsOfSlice - 1;
+        if (last_step) {
           stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
-          ptx::cp_async_wait<Tile::kStages - 2>();
-          __syncthreads();
+          if (slice > 1) {
+            ptx::cp_async_wait<Tile::kStages - 2>();
+            __syncthreads();
+            load_a(a[0], a_rows + stage * Loader::kStageBytes, 0);
+          }
+        } else {
+          load_a(a[(step + 1) % 2], a_rows + stage * Loader::kStageBytes, step + 1);
         }
-        if (step != kStepsOfSlice - 1 || !last) {
-          fragments[(step + 1) % 2].load(a_rows + stage * Loader::kStageBytes,
-                                         b_rows + stage * Loader::kStageBytes,
-                                         (step + 1) % kStepsOfSlice);
-        }
-        const Fragments<Tile>& f = fragments[step % 2];
 #pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
+        for (int j = 0; j < kFragmentsN; j += 2) {
 #pragma unroll
-          for (int j = 0; j < kFragmentsN; ++j) ptx::mma_m16n8k32_s8(sum[i][j], f.a[i], f.b[j]);
+          for (int i = 0; i < kFragmentsM; ++i) {
+            ptx::mma_m16n8k32_s8(sum[i][j], a[step % 2][i], b[j]);
+            ptx::mma_m16n8k32_s8(sum[i][j + 1], a[step % 2][i], b[j + 1]);
+          }
+          if (!last_step) {
+            load_b_pair(b[j], b[j + 1], b_rows + stage * Loader::kStageBytes, j, step + 1);
+          }
         }
+        if (last_step && slice > 1) load_b(b, b_rows + stage * Loader::kStageBytes, 0);
       }
     }
 
+    const int thread = ptx::thread_index_here();
+    if (work.parts > 1 && !add_parts<Tile>(sum, work, item, shared_ticket, thread)) continue;
     int tile_m, tile_n;
-    grid.locate(tile, tile_m, tile_n);
+    work.locate(item, tile_m, tile_n);
     const int64_t m0 = static_cast<int64_t>(tile_m) * Tile::kBlockM;
     const int64_t n0 = static_cast<int64_t>(tile_n) * Tile::kBlockN;
+    const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+    const int out_row = warp / Tile::kWarpsN * Tile::kWarpM;
+    const int out_column = warp % Tile::kWarpsN * Tile::kWarpN;
     float out[kFragmentsM][kFragmentsN][4];
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t m = m0 + warp_row + i * 16 + half * 8 + lane_index() / 4;
+        const int64_t m = m0 + out_row + i * 16 + half * 8 + lane / 4;
         const float scale = m < product.m ? tokens.scale[m * tokens.scale_stride] : 0.0f;
 #pragma unroll
         for (int j = 0; j < kFragmentsN; ++j) {
@@ -257,11 +333,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     }
     const auto finish = [&](auto element) {
       using T = decltype(element);
-      if constexpr (kOutliers) {
-        add_outliers<T, Tile>(out, columns, product, tokens, outliers, shared, m0, n0, warp_row,
-                              warp_column);
+      if (outliers.x) {
+        add_outliers<T, Tile>(out, product, tokens, outliers, outlier_shared<Tile>(product.y_dtype),
+                              m0, n0, thread, out_row, out_column);
       }
-      store_tile<T>(out, product, m0 + warp_row, n0 + warp_column);
+      store_tile<T>(out, product, m0 + out_row, n0 + out_column, lane);
     };
     switch (product.y_dtype) {
       case DType::kFloat32:
@@ -277,52 +353,76 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
 }
 
-template <class Tile, bool kAligned>
-void launch_tile(const Int8Product& product, const Int8Tokens& tokens, const Int8Outliers& outliers,
-                 const TileGrid& grid, int blocks, size_t shared_bytes, cudaStream_t stream) {
-  launch(
-      outliers.x ? int8_gemm_kernel<Tile, kAligned, true> : int8_gemm_kernel<Tile, kAligned, false>,
-      dim3(blocks), dim3(Tile::kThreads), shared_bytes, stream, product, tokens, outliers, grid);
+struct GemmLaunch {
+  Int8Product product;
+  Int8Tokens tokens;
+  Int8Outliers outliers;
+  Work work;
+  int blocks;
+  size_t shared_bytes;
+  cudaStream_t stream;
+
+  template <class Tile, bool kAligned>
+  void run() const {
+    launch(int8_gemm_kernel<Tile, kAligned>, dim3(blocks), dim3(Tile::kThreads), shared_bytes,
+           stream, product, tokens, outliers, work);
+  }
+};
+
+Int8GemmShape shape_of(const Int8Product& product, bool outliers) {
+  return {product.m, product.n, product.k, outliers ? mask_words(product.k) : 0, product.y_dtype};
 }
 
 }  // namespace
 
-void int8_gemm(const Int8Product& product, const Int8Tokens& tokens, const Int8Outliers& outliers,
-               const Int8Device& device, cudaStream_t stream) {
-  const Int8GemmShape shape = {product.m, product.n, product.k,
-                               outliers.x ? outliers.mask_words : 0, product.y_dtype};
+Int8GemmSetup plan_int8_gemm(const Int8Product& product, const int8_t* q, int64_t q_stride,
+                             bool outliers, const Int8Device& device) {
+  const Int8GemmShape shape = shape_of(product, outliers);
+  const bool aligned =
+      rows_are_aligned_16(q, q_stride) && rows_are_aligned_16(product.weight, product.k);
   // Rows that are not aligned come a byte at a time, which is slow with any tile: one will do.
-  const bool aligned = rows_are_aligned_16(tokens.q, tokens.stride) &&
-                       rows_are_aligned_16(product.weight, product.k);
-  const Int8TileRow tile =
-      aligned ? choose_int8_tile(shape, device.sm_count, device.shared_memory_limit)
-              : kInt8Tiles[0];
-  const int64_t tiles_m = tiles_along(product.m, tile.block_m);
-  const int64_t tiles_n = tiles_along(product.n, tile.block_n);
-  STD_TORCH_CHECK(tiles_m * tiles_n <= INT32_MAX / 2, "pumice: an int8 product of ", product.m,
-                  " × ", product.n, " outputs is too large for one launch");
-  const TileGrid grid = {static_cast<int>(tiles_m), static_cast<int>(tiles_n)};
-  const int blocks = int8_gemm_blocks(tile, shape, device.sm_count, device.shared_memory_limit);
-  const size_t bytes = int8_shared_bytes(tile, shape);
-  if (!aligned) {
-    return launch_tile<Tile64x64Shallow, false>(product, tokens, outliers, grid, blocks, bytes,
-                                                stream);
-  }
+  const Int8Plan plan = aligned
+                            ? choose_int8_plan(shape, device.sm_count, device.shared_memory_limit)
+                            : Int8Plan{kInt8Tiles[0], 1};
+  return {plan, aligned, int8_partial_bytes(plan, shape), int8_ticket_count(plan, shape)};
+}
+
+void int8_gemm(const Int8Product& product, const Int8Tokens& tokens, const Int8Outliers& outliers,
+               const Int8GemmSetup& setup, int32_t* partial_sums, uint32_t* tickets,
+               const Int8Device& device, cudaStream_t stream) {
+  const Int8TileRow& tile = setup.plan.tile;
+  const Int8GemmShape shape = shape_of(product, outliers.x != nullptr);
+  const int64_t items = int8_tile_count(tile, shape) * setup.plan.parts;
+  STD_TORCH_CHECK(items <= INT32_MAX / 2, "pumice: an int8 product of ", product.m, " × ",
+                  product.n, " outputs is too large for one launch");
+  const Work work = {static_cast<int>(tiles_along(product.m, tile.block_m)),
+                     static_cast<int>(tiles_along(product.n, tile.block_n)),
+                     setup.plan.parts,
+                     static_cast<int>(slices_of(product.k)),
+                     partial_sums,
+                     tickets};
+  const GemmLaunch gemm = {
+      product,
+      tokens,
+      outliers,
+      work,
+      int8_gemm_blocks(setup.plan, shape, device.sm_count, device.shared_memory_limit),
+      int8_shared_bytes(tile, shape),
+      stream};
+  if (!setup.aligned) return gemm.run<Tile64x64Shallow, false>();
   switch (tile.name) {
     case Int8TileName::k64x64Shallow:
-      return launch_tile<Tile64x64Shallow, true>(product, tokens, outliers, grid, blocks, bytes,
-                                                 stream);
+      return gemm.run<Tile64x64Shallow, true>();
     case Int8TileName::k64x64:
-      return launch_tile<Tile64x64, true>(product, tokens, outliers, grid, blocks, bytes, stream);
+      return gemm.run<Tile64x64, true>();
     case Int8TileName::k128x64:
-      return launch_tile<Tile128x64, true>(product, tokens, outliers, grid, blocks, bytes, stream);
+      return gemm.run<Tile128x64, true>();
     case Int8TileName::k128x128:
-      return launch_tile<Tile128x128, true>(product, tokens, outliers, grid, blocks, bytes, stream);
+      return gemm.run<Tile128x128, true>();
     case Int8TileName::k128x256:
-      return launch_tile<Tile128x256, true>(product, tokens, outliers, grid, blocks, bytes, stream);
+      return gemm.run<Tile128x256, true>();
     case Int8TileName::k128x256Shallow:
-      return launch_tile<Tile128x256Shallow, true>(product, tokens, outliers, grid, blocks, bytes,
-                                                   stream);
+      return gemm.run<Tile128x256Shallow, true>();
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/dtype.h"
 #include "cuda/device.h"
+#include "cuda/gemm/int8_tiles.h"
 
 namespace pumice::cuda {
 
@@ -43,8 +44,19 @@ struct Int8Device {
   size_t shared_memory_limit;
 };
 
+// How int8_gemm will go about a product, and what it needs for that in global memory.
+struct Int8GemmSetup {
+  Int8Plan plan;
+  bool aligned;
+  int64_t partial_bytes;
+  int64_t tickets;  // words, which must be zero at the launch
+};
+Int8GemmSetup plan_int8_gemm(const Int8Product& product, const int8_t* q, int64_t q_stride,
+                             bool outliers, const Int8Device& device);
+
 // Any shape; made for m > 32.
 void int8_gemm(const Int8Product& product, const Int8Tokens& tokens, const Int8Outliers& outliers,
+               const Int8GemmSetup& setup, int32_t* partial_sums, uint32_t* tickets,
                const Int8Device& device, cudaStream_t stream);
 
 // m ≤ kSmallM tokens: bound by the bandwidth of the weights.

@@ -20,13 +20,19 @@
 
 namespace pumice::cuda {
 
-// Pieces of shared memory.
+// A piece of the list of outlier columns: those of the mask words from first_word up to next_word.
+struct OutlierList {
+  int count, first_word, next_word, unused;
+};
+
+// Pieces of shared memory. Everything about outliers is kept there: the main loop of the product
+// needs all registers.
 struct OutlierShared {
   unsigned char* residual;      // [kBlockM] rows of 16 elements
   unsigned char* residual_low;  // [kBlockM], fp32 x only
   unsigned char* weight;        // [kBlockN]
   int32_t* columns;             // [kOutlierListCapacity]
-  int32_t* list_state;          // how many columns, and the mask word after the last one listed
+  OutlierList* list;
   uint32_t* mask;
 };
 
@@ -36,87 +42,60 @@ __device__ __forceinline__ int half_row_offset(int row, int half) {
   return row * 32 + ((half ^ (row >> 2)) & 1) * 16;
 }
 
-// The outlier columns in ascending order, a piece of at most kOutlierListCapacity at a time. All
-// functions are called by the whole block.
-template <int kThreads>
-class OutlierColumns {
- public:
-  __device__ OutlierColumns(const Int8Outliers& outliers, const OutlierShared& shared)
-      : shared_(shared), words_(outliers.mask_words) {
-    const int thread = static_cast<int>(threadIdx.x);
-    for (int word = thread; word < words_; word += kThreads) shared_.mask[word] = 0;
-    __syncthreads();
-    const uint4* partial = reinterpret_cast<const uint4*>(outliers.partial_masks);
-    const int vectors = words_ / 4;
-    const int64_t total = static_cast<int64_t>(outliers.masks) * vectors;
-#pragma unroll 4
-    for (int64_t i = thread; i < total; i += kThreads) {
-      const uint4 found = partial[i];
-      if ((found.x | found.y | found.z | found.w) == 0) continue;
-      uint32_t* target = shared_.mask + i % vectors * 4;
-      atomicOr(target, found.x);
-      atomicOr(target + 1, found.y);
-      atomicOr(target + 2, found.z);
-      atomicOr(target + 3, found.w);
-    }
-    __syncthreads();
-    list_from(0);
-  }
-
-  __device__ int count() const { return count_; }
-  __device__ bool has_more() const { return next_word_ < words_; }
-  __device__ void next() { list_from(next_word_); }
-  // To the first piece, which is the only one unless there are very many outliers.
-  __device__ void rewind() {
-    if (first_word_ != 0) list_from(0);
-  }
-
- private:
-  // One warp lists, as many mask words at a time as the list can hold.
-  static constexpr int kWordsAtOnce = kOutlierListCapacity / 32;
+// Lists the outlier columns in ascending order from a mask word on: as many as the list can hold,
+// whole groups of words at a time, by one warp. Called by the whole block, like all that follows.
+__device__ __forceinline__ void list_outliers(const OutlierShared& shared, int words,
+                                              int first_word, int thread) {
+  constexpr int kWordsAtOnce = kOutlierListCapacity / 32;
   static_assert(kWordsAtOnce <= kWarpSize);
-
-  __device__ void list_from(int first_word) {
-    __syncthreads();  // the list may still be in use
-    if (warp_index() == 0) {
-      const int lane = lane_index();
-      int listed = 0, first = first_word;
-      for (; first < words_; first += kWordsAtOnce) {
-        const int word = first + lane;
-        uint32_t bits = lane < kWordsAtOnce && word < words_ ? shared_.mask[word] : 0;
-        int end = __popc(bits);  // of this lane's columns, after the sum over the lanes before
+  __syncthreads();  // the list may still be in use
+  if (thread < kWarpSize) {
+    const int lane = thread;
+    int listed = 0, first = first_word;
+    for (; first < words; first += kWordsAtOnce) {
+      const int word = first + lane;
+      uint32_t bits = lane < kWordsAtOnce && word < words ? shared.mask[word] : 0;
+      int end = __popc(bits);  // of this lane's columns, after the sum over the lanes before
 #pragma unroll
-        for (int offset = 1; offset < kWarpSize; offset *= 2) {
-          const int before = __shfl_up_sync(kFullWarp, end, offset);
-          if (lane >= offset) end += before;
-        }
-        const int found = __shfl_sync(kFullWarp, end, kWarpSize - 1);
-        if (listed + found > kOutlierListCapacity) break;
-        int at = listed + end - __popc(bits);
-        for (; bits != 0; bits &= bits - 1) {
-          shared_.columns[at++] = word * 32 + __ffs(static_cast<int>(bits)) - 1;
-        }
-        listed += found;
+      for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const int before = __shfl_up_sync(kFullWarp, end, offset);
+        if (lane >= offset) end += before;
       }
-      if (lane == 0) {
-        shared_.list_state[0] = listed;
-        shared_.list_state[1] = first;
+      const int found = __shfl_sync(kFullWarp, end, kWarpSize - 1);
+      if (listed + found > kOutlierListCapacity) break;
+      int at = listed + end - __popc(bits);
+      for (; bits != 0; bits &= bits - 1) {
+        shared.columns[at++] = word * 32 + __ffs(static_cast<int>(bits)) - 1;
       }
+      listed += found;
     }
-    __syncthreads();
-    first_word_ = first_word;
-    count_ = shared_.list_state[0];
-    next_word_ = shared_.list_state[1];
+    if (lane == 0) *shared.list = {listed, first_word, first, 0};
   }
+  __syncthreads();
+}
 
-  OutlierShared shared_;
-  int words_, first_word_ = 0, count_ = 0, next_word_ = 0;
-};
-
-// In the place of OutlierColumns in the plain product.
-struct NoOutliers {
-  __device__ NoOutliers(const Int8Outliers&, const OutlierShared&) {}
-};
+// ORs the partial masks, and lists the first columns: all, unless there are very many.
+template <int kThreads>
+__device__ __forceinline__ void collect_outliers(const Int8Outliers& outliers,
+                                                 const OutlierShared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int word = thread; word < outliers.mask_words; word += kThreads) shared.mask[word] = 0;
+  __syncthreads();
+  const uint4* partial = reinterpret_cast<const uint4*>(outliers.partial_masks);
+  const int vectors = outliers.mask_words / 4;
+  const int total = outliers.masks * vectors;
+#pragma unroll 4
+  for (int i = thread; i < total; i += kThreads) {
+    const uint4 found = partial[i];
+    if ((found.x | found.y | found.z | found.w) == 0) continue;
+    uint32_t* target = shared.mask + i % vectors * 4;
+    atomicOr(target, found.x);
+    atomicOr(target + 1, found.y);
+    atomicOr(target + 2, found.z);
+    atomicOr(target + 3, found.w);
+  }
+  list_outliers(shared, outliers.mask_words, 0, thread);
+}
 
 __device__ __forceinline__ float residual_of(float x, float scale, float inverse_scale,
                                              const Int8Outliers& outliers) {
@@ -174,8 +153,7 @@ template <class T, class Tile>
 __device__ __forceinline__ void gather_step(const Int8Product& product, const Int8Tokens& tokens,
                                             const Int8Outliers& outliers,
                                             const OutlierShared& shared, int64_t m0, int64_t n0,
-                                            const int32_t* columns, int count) {
-  const int thread = static_cast<int>(threadIdx.x);
+                                            const int32_t* columns, int count, int thread) {
 #pragma unroll 1
   for (int item = thread; item < 2 * Tile::kBlockM; item += Tile::kThreads) {
     const int row = item / 2, half = item % 2;
@@ -198,9 +176,8 @@ __device__ __forceinline__ void gather_step(const Int8Product& product, const In
 // out += residuals · weightsᵀ, for this warp's part of the tile.
 template <class T, class Tile>
 __device__ __forceinline__ void multiply_step(float (&out)[Tile::kWarpM / 16][Tile::kWarpN / 8][4],
-                                              const OutlierShared& shared, int warp_row,
+                                              const OutlierShared& shared, int lane, int warp_row,
                                               int warp_column) {
-  const int lane = lane_index();
   uint32_t b[Tile::kWarpN / 8][2];
 #pragma unroll
   for (int j = 0; j < Tile::kWarpN / 8; j += 2) {
@@ -226,23 +203,24 @@ __device__ __forceinline__ void multiply_step(float (&out)[Tile::kWarpM / 16][Ti
 // All outlier columns, for the tile of y at (m0, n0).
 template <class T, class Tile>
 __device__ __forceinline__ void add_outliers(float (&out)[Tile::kWarpM / 16][Tile::kWarpN / 8][4],
-                                             OutlierColumns<Tile::kThreads>& columns,
                                              const Int8Product& product, const Int8Tokens& tokens,
                                              const Int8Outliers& outliers,
                                              const OutlierShared& shared, int64_t m0, int64_t n0,
-                                             int warp_row, int warp_column) {
-  columns.rewind();
+                                             int thread, int warp_row, int warp_column) {
+  if (shared.list->first_word != 0) list_outliers(shared, outliers.mask_words, 0, thread);
   while (true) {
+    const int count = shared.list->count;
 #pragma unroll 1
-    for (int first = 0; first < columns.count(); first += kOutlierStep) {
+    for (int first = 0; first < count; first += kOutlierStep) {
       __syncthreads();  // the operands of the step before are read
       gather_step<T, Tile>(product, tokens, outliers, shared, m0, n0, shared.columns + first,
-                           columns.count() - first);
+                           count - first, thread);
       __syncthreads();
-      multiply_step<T, Tile>(out, shared, warp_row, warp_column);
+      multiply_step<T, Tile>(out, shared, thread % kWarpSize, warp_row, warp_column);
     }
-    if (!columns.has_more()) return;
-    columns.next();
+    const int next_word = shared.list->next_word;
+    if (next_word >= outliers.mask_words) return;
+    list_outliers(shared, outliers.mask_words, next_word, thread);
   }
 }
 

@@ -81,10 +81,24 @@ struct Int8GemmShape {
   DType x_dtype;
 };
 
-// Shared memory of a block, in the order of Int8Shared (int8_gemm.cu).
+// A shape's plan. With more than one part, blocks share a tile of y: each multiplies a part of K,
+// and the last to finish adds the others' sums to its own. For few rows, where there are fewer
+// tiles than SMs, and larger tiles in parts take fewer bytes from L2 than small tiles.
+struct Int8Plan {
+  Int8TileRow tile;
+  int parts;
+};
+
+constexpr int64_t tiles_along(int64_t size, int block) { return (size + block - 1) / block; }
+constexpr int64_t slices_of(int64_t k) { return tiles_along(k, kInt8BlockK); }
+constexpr int64_t int8_tile_count(const Int8TileRow& tile, const Int8GemmShape& shape) {
+  return tiles_along(shape.m, tile.block_m) * tiles_along(shape.n, tile.block_n);
+}
+
+// Shared memory of a block, in the order in which int8_gemm.cu takes it.
 constexpr size_t int8_shared_bytes(const Int8TileRow& tile, const Int8GemmShape& shape) {
   const size_t rows = static_cast<size_t>(tile.block_m + tile.block_n);
-  size_t bytes = tile.stages * rows * kInt8BlockK;
+  size_t bytes = tile.stages * rows * kInt8BlockK + 16;
   if (shape.mask_words) {
     const size_t low_half = shape.x_dtype == DType::kFloat32 ? tile.block_m : 0;
     bytes += (rows + low_half) * kOutlierStep * 2;
@@ -93,36 +107,53 @@ constexpr size_t int8_shared_bytes(const Int8TileRow& tile, const Int8GemmShape&
   return bytes;
 }
 
-constexpr int64_t tiles_along(int64_t size, int block) { return (size + block - 1) / block; }
-
-// Clocks that the shape takes by this tile: the slowest of the tensor cores, the way into an SM and
-// L2 (bytes a clock as measured by others on an H100), plus what a tile's start and end cost.
-constexpr double int8_tile_clocks(const Int8TileRow& tile, const Int8GemmShape& shape,
-                                  int sm_count) {
-  constexpr double kIntoSm = 48, kFromL2 = 28, kTileOverhead = 1500;
-  const double tiles = static_cast<double>(tiles_along(shape.m, tile.block_m)) *
-                       static_cast<double>(tiles_along(shape.n, tile.block_n));
-  const double k = static_cast<double>(tiles_along(shape.k, kInt8BlockK)) * kInt8BlockK;
-  const double rounds =
-      static_cast<double>(static_cast<int64_t>((tiles + sm_count - 1) / sm_count));
-  const double macs = rounds * tile.block_m * tile.block_n * k / tile.macs_per_clock;
-  const double bytes = (tile.block_m + tile.block_n) * k;
-  const double into_sm = rounds * bytes / kIntoSm;
-  const double from_l2 = tiles * bytes / (kFromL2 * sm_count);
-  return std::max({macs, into_sm, from_l2}) + rounds * kTileOverhead;
+// What the parts of all tiles take in global memory: their sums, and one ticket for each tile.
+constexpr int64_t int8_partial_bytes(const Int8Plan& plan, const Int8GemmShape& shape) {
+  if (plan.parts == 1) return 0;
+  return int8_tile_count(plan.tile, shape) * plan.parts * plan.tile.block_m * plan.tile.block_n * 4;
+}
+constexpr int64_t int8_ticket_count(const Int8Plan& plan, const Int8GemmShape& shape) {
+  return plan.parts == 1 ? 0 : int8_tile_count(plan.tile, shape);
 }
 
-// The fastest tile that fits the device's shared memory; the smallest one fits every GPU from sm_80
+// Clocks that the shape takes by this plan: the slowest of the tensor cores, the way into an SM and
+// L2 (bytes a clock as measured by others on an H100), plus what a tile's start and end cost.
+constexpr double int8_plan_clocks(const Int8Plan& plan, const Int8GemmShape& shape, int sm_count) {
+  constexpr double kIntoSm = 48, kFromL2 = 28, kItemOverhead = 1500, kFenceOverhead = 1000;
+  const Int8TileRow& tile = plan.tile;
+  const double items = static_cast<double>(int8_tile_count(tile, shape)) * plan.parts;
+  const double k = static_cast<double>(tiles_along(slices_of(shape.k), plan.parts)) * kInt8BlockK;
+  const double rounds =
+      static_cast<double>(static_cast<int64_t>((items + sm_count - 1) / sm_count));
+  const double macs = static_cast<double>(tile.block_m) * tile.block_n * k / tile.macs_per_clock;
+  const double bytes = (tile.block_m + tile.block_n) * k;
+  // Sums are written once, and read again once or less.
+  const double sum_bytes = plan.parts == 1 ? 0.0 : tile.block_m * tile.block_n * 4.0;
+  const double exchange = plan.parts == 1 ? 0.0 : 2 * sum_bytes / kIntoSm + kFenceOverhead;
+  const double from_l2 = items * (bytes + 2 * sum_bytes) / (kFromL2 * sm_count);
+  return std::max(rounds * std::max(macs, bytes / kIntoSm), from_l2) +
+         rounds * (kItemOverhead + exchange);
+}
+
+// The fastest plan that fits the device's shared memory; the first tile fits every GPU from sm_80
 // on, for every K up to kMaxInt8K.
-constexpr Int8TileRow choose_int8_tile(const Int8GemmShape& shape, int sm_count,
-                                       size_t shared_memory_limit) {
-  Int8TileRow best = kInt8Tiles[0];
-  double best_clocks = int8_tile_clocks(best, shape, sm_count);
+constexpr Int8Plan choose_int8_plan(const Int8GemmShape& shape, int sm_count,
+                                    size_t shared_memory_limit) {
+  constexpr int kMaxParts = 8;
+  constexpr int64_t kMinSlices = 4;  // of a part, or it is all start and end
+  Int8Plan best = {kInt8Tiles[0], 1};
+  double best_clocks = int8_plan_clocks(best, shape, sm_count);
   for (const Int8TileRow& tile : kInt8Tiles) {
-    const double clocks = int8_tile_clocks(tile, shape, sm_count);
-    if (clocks < best_clocks && int8_shared_bytes(tile, shape) <= shared_memory_limit) {
-      best = tile;
-      best_clocks = clocks;
+    if (int8_shared_bytes(tile, shape) > shared_memory_limit) continue;
+    for (int parts = 1; parts <= kMaxParts; parts *= 2) {
+      if (parts > 1 && slices_of(shape.k) < parts * kMinSlices) break;
+      if (parts > 1 && int8_tile_count(tile, shape) * parts > sm_count * tile.blocks_per_sm) break;
+      const Int8Plan plan = {tile, parts};
+      const double clocks = int8_plan_clocks(plan, shape, sm_count);
+      if (clocks < best_clocks) {
+        best = plan;
+        best_clocks = clocks;
+      }
     }
   }
   return best;
@@ -130,13 +161,14 @@ constexpr Int8TileRow choose_int8_tile(const Int8GemmShape& shape, int sm_count,
 
 // Persistent blocks: as many as are resident at once. An SM has 1 KB more than a block may have,
 // and takes 1 KB for each block.
-constexpr int int8_gemm_blocks(const Int8TileRow& tile, const Int8GemmShape& shape, int sm_count,
+constexpr int int8_gemm_blocks(const Int8Plan& plan, const Int8GemmShape& shape, int sm_count,
                                size_t shared_memory_limit) {
-  const size_t fitting = (shared_memory_limit + 1024) / (int8_shared_bytes(tile, shape) + 1024);
-  const int64_t resident =
-      std::max<int64_t>(1, std::min<int64_t>(tile.blocks_per_sm, static_cast<int64_t>(fitting)));
-  const int64_t tiles = tiles_along(shape.m, tile.block_m) * tiles_along(shape.n, tile.block_n);
-  return static_cast<int>(std::min<int64_t>(tiles, resident * sm_count));
+  const size_t fitting =
+      (shared_memory_limit + 1024) / (int8_shared_bytes(plan.tile, shape) + 1024);
+  const int64_t resident = std::max<int64_t>(
+      1, std::min<int64_t>(plan.tile.blocks_per_sm, static_cast<int64_t>(fitting)));
+  const int64_t items = int8_tile_count(plan.tile, shape) * plan.parts;
+  return static_cast<int>(std::min<int64_t>(items, resident * sm_count));
 }
 
 }  // namespace pumice::cuda

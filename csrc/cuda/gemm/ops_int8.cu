@@ -89,7 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> int8_quantize(Tensor x, bool per_tensor,
       args.has_threshold,
       args.m == 0 ? nullptr : write_pointer<int8_t>(q),
       args.k,
-      args.has_threshold ? workspace.at<uint32_t>(masks) : nullptr};
+      args.has_threshold ? workspace.at<uint32_t>(masks) : nullptr,
+      nullptr,
+      0};
   if (args.static_scale) {
     int8_quantize_static(rows, read_pointer<float>(*args.static_scale),
                          write_pointer<float>(scales), blocks, stream);
@@ -118,11 +120,22 @@ Tensor int8_linear(Tensor q, Tensor scale, Tensor qweight, Tensor weight_scale,
   const Int8Product product = int8_product(args.weight, bias, args.m, y, to_dtype(out_dtype));
   const Int8Tokens tokens = {read_pointer<int8_t>(args.q), args.weight.k,
                              read_pointer<float>(args.scale), args.per_tensor ? 0 : 1};
+  const Int8Device device = int8_device(q);
+  const cudaStream_t stream = current_stream(q);
   if (args.m <= kSmallM) {
-    int8_small_m(product, tokens, int8_device(q), current_stream(q));
-  } else {
-    int8_gemm(product, tokens, Int8Outliers{}, int8_device(q), current_stream(q));
+    int8_small_m(product, tokens, device, stream);
+    return y;
   }
+  const Int8GemmSetup setup = plan_int8_gemm(product, tokens.q, tokens.stride, false, device);
+  Workspace workspace;
+  const size_t partial_sums = workspace.reserve(setup.partial_bytes);
+  const size_t tickets = workspace.reserve(setup.tickets * 4);
+  workspace.allocate(q);
+  if (setup.tickets) {
+    fill_zero(workspace.at<uint32_t>(tickets), static_cast<size_t>(setup.tickets) * 4, stream);
+  }
+  int8_gemm(product, tokens, Int8Outliers{}, setup, workspace.at<int32_t>(partial_sums),
+            workspace.at<uint32_t>(tickets), device, stream);
   return y;
 }
 
@@ -149,20 +162,32 @@ Tensor int8_mixed_linear(Tensor x, Tensor qweight, Tensor weight_scale, std::opt
   const size_t scale = workspace.reserve(m * 4);
   const size_t inverse_scale = workspace.reserve(m * 4);
   const size_t masks = workspace.reserve(blocks * mask_words(k) * 4);
+  // The workspace's pieces are aligned like the null pointer.
+  const Int8GemmSetup setup = plan_int8_gemm(product, nullptr, q_stride, true, device);
+  const size_t partial_sums = workspace.reserve(setup.partial_bytes);
+  const size_t tickets = workspace.reserve(setup.tickets * 4);
   workspace.allocate(x);
 
-  const Int8Rows rows = {x_data,   args.dtype,
-                         m,        k,
-                         nullptr,  args.threshold,
-                         true,     workspace.at<int8_t>(q),
-                         q_stride, workspace.at<uint32_t>(masks)};
+  const Int8Rows rows = {x_data,
+                         args.dtype,
+                         m,
+                         k,
+                         nullptr,
+                         args.threshold,
+                         true,
+                         workspace.at<int8_t>(q),
+                         q_stride,
+                         workspace.at<uint32_t>(masks),
+                         workspace.at<uint32_t>(tickets),
+                         setup.tickets};
   int8_quantize_rows(rows, workspace.at<float>(scale), workspace.at<float>(inverse_scale), blocks,
                      device.shared_memory_limit, stream);
   const Int8Tokens tokens = {rows.q, q_stride, workspace.at<float>(scale), 1};
   const Int8Outliers outliers = {
       x_data, workspace.at<float>(inverse_scale), args.threshold, per_element, rows.partial_masks,
       blocks, static_cast<int>(mask_words(k))};
-  int8_gemm(product, tokens, outliers, device, stream);
+  int8_gemm(product, tokens, outliers, setup, workspace.at<int32_t>(partial_sums),
+            workspace.at<uint32_t>(tickets), device, stream);
   return y;
 }
 

@@ -93,6 +93,10 @@ __global__ void __launch_bounds__(kTeams* kTeamThreads, 1)
   const T* x = static_cast<const T*>(rows.x);
   int64_t row = static_cast<int64_t>(blockIdx.x) * kTeams + team;
 
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < rows.zero_count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    rows.zeros[i] = 0;
+  }
   if (rows.outliers_wanted) {
     for (int64_t i = threadIdx.x; i < kTeams * layout.mask_bytes; i += kTeams * kTeamThreads) {
       masks[i] = 0;

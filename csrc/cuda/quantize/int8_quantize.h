@@ -25,6 +25,9 @@ struct Int8Rows {
   // Bit k % 32 of word k / 32 of mask b: block b has met an outlier in column k. Masks of
   // mask_words(k) words, one for each block; null where no outliers are wanted.
   uint32_t* partial_masks;
+  // Words to set to zero on the way, for the launch that comes after (int8_quantize_rows only).
+  uint32_t* zeros;
+  int64_t zero_count;
 };
 
 // A mask is read 16 bytes at a time.
