@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from bench import int4 as int4_bench
 from bench import int8 as int8_bench
 from bench import outlier_weights, readme, results
+from bench.cases import Bench, Case
 from bench.machine import describe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -24,18 +26,57 @@ DEFAULT_SHAPES = {"cpu": "4096x4096", "cuda": "4096x4096,8192x8192,28672x8192"}
 DEFAULT_DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 
 
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Tokens = Annotated[str, typer.Option("--m", help="token counts, comma-separated")]
+Shapes = Annotated[str, typer.Option(help="NxK of the weights, comma-separated")]
+Dtypes = Annotated[str, typer.Option(help="activation types, comma-separated")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")]
+Seconds = Annotated[float, typer.Option(help="time for each contender and case")]
+Record = Annotated[bool, typer.Option(help="keep the numbers in bench/results")]
+Picture = Annotated[Path | None, typer.Option(help="draw the speed-ups into this file")]
+
+
 @app.command()
 def int8(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    m: Annotated[str, typer.Option(help="token counts, comma-separated")] = "",
-    shapes: Annotated[str, typer.Option(help="NxK of the weights, comma-separated")] = "",
-    dtypes: Annotated[str, typer.Option(help="activation types, comma-separated")] = "",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")] = 0,
-    seconds: Annotated[float, typer.Option(help="time for each contender and case")] = 1.0,
-    record: Annotated[bool, typer.Option(help="keep the numbers in bench/results")] = False,
-    png: Annotated[Path | None, typer.Option(help="draw the speed-ups into this file")] = None,
+    device: Device = "cpu",
+    tokens: Tokens = "",
+    shapes: Shapes = "",
+    dtypes: Dtypes = "",
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    record: Record = False,
+    png: Picture = None,
 ) -> None:
     """W8A8 and LLM.int8() linears beside torch, fbgemm, aten and bitsandbytes."""
+    run(int8_bench.BENCH, device, tokens, shapes, dtypes, threads, seconds, record, png)
+
+
+@app.command()
+def int4(
+    device: Device = "cpu",
+    tokens: Tokens = "",
+    shapes: Shapes = "",
+    dtypes: Dtypes = "",
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    record: Record = False,
+    png: Picture = None,
+) -> None:
+    """int4 linears, groups of 128, beside torch, aten and onnxruntime."""
+    run(int4_bench.BENCH, device, tokens, shapes, dtypes, threads, seconds, record, png)
+
+
+def run(
+    bench: Bench[Any],
+    device: str,
+    tokens: str,
+    shapes: str,
+    dtypes: str,
+    threads: int,
+    seconds: float,
+    record: bool,
+    png: Path | None,
+) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no GPU here", param_hint="--device")
     if threads:
@@ -43,20 +84,18 @@ def int8(
     machine = describe(torch.device(device))
     console.print(f"{machine.name}: copy bandwidth {machine.bandwidth / 1e9:.1f} GB/s")
     cases = [
-        int8_bench.Case(int(tokens), *map(int, shape.split("x")))
+        Case(int(count), *map(int, shape.split("x")))
         for shape in (shapes or DEFAULT_SHAPES[device]).split(",")
-        for tokens in (m or DEFAULT_M[device]).split(",")
+        for count in (tokens or DEFAULT_M[device]).split(",")
     ]
     rows: list[results.Row] = []
     for name in (dtypes or DEFAULT_DTYPES[device]).split(","):
-        rows += int8_bench.run(
-            cases, machine, torch.device(device), DTYPES[name], seconds, console.log
-        )
+        rows += bench.run(cases, machine, torch.device(device), DTYPES[name], seconds, console.log)
     console.print(Markdown(results.markdown(rows)))
     if record:
-        console.print(f"recorded in {results.record(machine, 'int8', rows)}")
+        console.print(f"recorded in {results.record(machine, bench.op, rows)}")
     if png:
-        results.plot(rows, f"int8 linear, {machine.name}", png)
+        results.plot(rows, f"{bench.op} linear, {machine.name}", png)
 
 
 @app.command(name="outlier-weights")

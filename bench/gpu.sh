@@ -19,4 +19,5 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 "$python" -m bench int8 --device cuda --record
+"$python" -m bench int4 --device cuda --record
 "$python" -m bench readme

@@ -7,34 +7,18 @@ at the int8 peak, whichever is longer.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from bench.cases import BASELINE, Bench, Case, Peer, UnavailableError
 from bench.machine import Machine
-from bench.results import Row
-from bench.timing import Contender, copies_beyond_cache, measure
+from bench.timing import Contender, copies_beyond_cache
 
 OUTLIER_FRACTION = 0.005  # of the columns, as in LLM.int8()'s models
 OUTLIER_VALUE = 20.0
-BASELINE = "torch"  # torch's own linear at the dtype of x
-
-
-@dataclass(frozen=True)
-class Case:
-    m: int
-    n: int
-    k: int
-
-    def __str__(self) -> str:
-        return f"M={self.m} N={self.n} K={self.k}"
-
-    def floor_us(self, machine: Machine, itemsize: int) -> float:
-        moved = self.n * self.k + (self.m * self.k + self.m * self.n) * itemsize
-        return machine.floor_us(moved, 2 * self.m * self.n * self.k, int8=True)
 
 
 @dataclass
@@ -70,14 +54,6 @@ def make_inputs(case: Case, machine: Machine, device: torch.device, dtype: torch
     ]
     quantized = [int8_quantize(weight) for weight in weights]
     return Inputs(x, outliers, weights, [q for q, _, _ in quantized], [s for _, s, _ in quantized])
-
-
-# A peer is offered the inputs and returns its contender, or raises with the reason why not.
-class UnavailableError(Exception):
-    """Why a peer cannot run a case here."""
-
-
-Peer = Callable[[Inputs], Contender]
 
 
 def torch_linear(inputs: Inputs) -> Contender:
@@ -169,7 +145,7 @@ def bitsandbytes_int8(inputs: Inputs) -> Contender:
     return lambda i: layers[i % len(layers)](inputs.outliers)
 
 
-PEERS: dict[str, Peer] = {
+PEERS: dict[str, Peer[Inputs]] = {
     BASELINE: torch_linear,
     "fbgemm dynamic": fbgemm_dynamic,
     "aten int8pack": aten_int8pack,
@@ -181,47 +157,9 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def kernels_of(device: torch.device) -> tuple[str, ...]:
-    """The catalogue's int8 kernels of a device, which the recorded digests are kept for."""
-    from pumice import _C
-
-    return tuple(
-        kernel["name"]
-        for kernel in _C.kernels()
-        if kernel["device"] == device.type and kernel["name"].startswith("int8")
-    )
+def floor_us(case: Case, machine: Machine, itemsize: int) -> float:
+    moved = case.n * case.k + (case.m * case.k + case.m * case.n) * itemsize
+    return machine.floor_us(moved, 2 * case.m * case.n * case.k, int8=True)
 
 
-def run(
-    cases: list[Case],
-    machine: Machine,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    tell: Callable[[str], None],
-) -> Iterator[Row]:
-    kernels = kernels_of(device)
-    told: set[tuple[str, str]] = set()
-    for case in cases:
-        inputs = make_inputs(case, machine, device, dtype)
-        contenders: dict[str, Contender] = {}
-        for name, peer in PEERS.items():
-            try:
-                contenders[name] = peer(inputs)
-            except UnavailableError as reason:
-                if (name, str(reason)) not in told:
-                    told.add((name, str(reason)))
-                    tell(f"{name} skipped for {case}: {reason}")
-        timings = measure(contenders, device, seconds)
-        for name, timing in timings.items():
-            yield Row(
-                op="int8",
-                case=f"{case} {str(dtype).removeprefix('torch.')}",
-                contender=name,
-                median_us=timing.median,
-                low_us=timing.low,
-                high_us=timing.high,
-                floor_us=case.floor_us(machine, dtype.itemsize),
-                baseline_us=timings[BASELINE].median,
-                kernels=kernels if name.startswith("pumice") else (),
-            )
+BENCH = Bench("int8", make_inputs, PEERS, floor_us)

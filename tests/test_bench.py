@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from bench import int8, outlier_weights, readme, results
+from bench import int4, int8, outlier_weights, readme, results
+from bench.cases import Case, UnavailableError
 from bench.machine import Machine, describe
 from bench.timing import Timing, copies_beyond_cache, measure
 
@@ -62,8 +63,10 @@ def test_this_machine_is_described():
 
 def test_int8_bench_measures_every_available_peer():
     told: list[str] = []
-    case = int8.Case(3, 40, 48)
-    rows = list(int8.run([case], MACHINE, torch.device("cpu"), torch.float32, 0.01, told.append))
+    case = Case(3, 40, 48)
+    rows = list(
+        int8.BENCH.run([case], MACHINE, torch.device("cpu"), torch.float32, 0.01, told.append)
+    )
     names = {r.contender for r in rows}
     assert {"torch", "pumice W8A8", "pumice mixed", "pumice mixed, 0.5 % outliers"} <= names
     assert names | {line.split(" skipped")[0] for line in told} == set(int8.PEERS)
@@ -74,11 +77,26 @@ def test_int8_bench_measures_every_available_peer():
 
 
 def test_contenders_compute_the_same_product():
-    inputs = int8.make_inputs(int8.Case(20, 64, 96), MACHINE, torch.device("cpu"), torch.float32)
+    inputs = int8.make_inputs(Case(20, 64, 96), MACHINE, torch.device("cpu"), torch.float32)
     reference = int8.PEERS["torch"](inputs)(1)
     for name in ("fbgemm dynamic", "pumice W8A8", "pumice mixed"):
         y = int8.PEERS[name](inputs)(1)
         assert (y - reference).norm() < 0.03 * reference.norm(), name
+
+
+def test_int4_contenders_compute_the_same_product():
+    inputs = int4.make_inputs(Case(5, 32, 256), MACHINE, torch.device("cpu"), torch.float32)
+    scale = inputs.scales[1].repeat_interleave(int4.GROUP, dim=1)
+    reference = inputs.x @ ((inputs.q[1].float() - 8) * scale).t()
+    compared = 0
+    for name in set(int4.PEERS) - {"torch"}:
+        try:
+            y = torch.as_tensor(int4.PEERS[name](inputs)(1)).reshape(5, 32)
+        except UnavailableError:
+            continue
+        assert (y - reference).norm() < 0.02 * reference.norm(), name
+        compared += 1
+    assert compared >= 3
 
 
 def test_record_replaces_only_its_op(tmp_path):

@@ -1,0 +1,93 @@
+"""Running peers over cases: what is the same for every linear layer that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from bench.machine import Machine
+from bench.results import Row
+from bench.timing import Contender, measure
+
+BASELINE = "torch"  # torch's own op at the dtype of x: what the others are compared with
+
+InputsT = TypeVar("InputsT")
+
+
+@dataclass(frozen=True)
+class Case:
+    """y[M, N] = x[M, K] @ W[N, K]^T."""
+
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"M={self.m} N={self.n} K={self.k}"
+
+
+class UnavailableError(Exception):
+    """Why a peer cannot run a case here."""
+
+
+# A peer is offered the inputs and returns its contender, or raises UnavailableError.
+Peer = Callable[[InputsT], Contender]
+
+
+@dataclass(frozen=True)
+class Bench(Generic[InputsT]):
+    """One op's benchmark. Contenders of pumice's own begin with "pumice"; its kernels are those of
+    the catalogue whose names begin with the op's."""
+
+    op: str
+    make_inputs: Callable[[Case, Machine, torch.device, torch.dtype], InputsT]
+    peers: dict[str, Peer[InputsT]]
+    floor_us: Callable[[Case, Machine, int], float]
+
+    def kernels(self, device: torch.device) -> tuple[str, ...]:
+        from pumice import _C
+
+        return tuple(
+            kernel["name"]
+            for kernel in _C.kernels()
+            if kernel["device"] == device.type and kernel["name"].startswith(self.op)
+        )
+
+    def run(
+        self,
+        cases: list[Case],
+        machine: Machine,
+        device: torch.device,
+        dtype: torch.dtype,
+        seconds: float,
+        tell: Callable[[str], None],
+    ) -> Iterator[Row]:
+        """Measure every peer that can run, telling once why another cannot."""
+        kernels = self.kernels(device)
+        told: set[tuple[str, str]] = set()
+        for case in cases:
+            inputs = self.make_inputs(case, machine, device, dtype)
+            contenders: dict[str, Contender] = {}
+            for name, peer in self.peers.items():
+                try:
+                    contenders[name] = peer(inputs)
+                except UnavailableError as reason:
+                    if (name, str(reason)) not in told:
+                        told.add((name, str(reason)))
+                        tell(f"{name} skipped for {case}: {reason}")
+            timings = measure(contenders, device, seconds)
+            for name, timing in timings.items():
+                yield Row(
+                    op=self.op,
+                    case=f"{case} {str(dtype).removeprefix('torch.')}",
+                    contender=name,
+                    median_us=timing.median,
+                    low_us=timing.low,
+                    high_us=timing.high,
+                    floor_us=self.floor_us(case, machine, dtype.itemsize),
+                    baseline_us=timings[BASELINE].median,
+                    kernels=kernels if name.startswith("pumice") else (),
+                )
