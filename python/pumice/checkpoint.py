@@ -7,11 +7,14 @@ A checkpoint is a folder:
   names of tied tensors, length and SHA-256 of each tensor file, and the report;
 - for transformers models ``config.json`` and ``generation_config.json``, with which
   ``from_pretrained`` opens the folder too (see :mod:`pumice.integrations.transformers`).
+
+Checkpoints of other libraries are in :mod:`pumice.integrations.formats`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,24 +51,39 @@ def layer_configs(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    format: str = "pumice",
+    tokenizer: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a model to a folder, which appears complete or not at all.
 
     Args:
         model: compressed by pumice; a transformers model's configuration is saved with it.
         folder: new or empty, unless ``overwrite``; parents are created.
+        format: "pumice", or that of another library, with its ``quantization_config`` in
+            ``config.json``: "gptq", "gptq_v2", "awq" or "compressed-tensors" (see
+            :mod:`pumice.integrations.formats`). The bits of the weights are moved, never rounded;
+            the report is not stored.
         tokenizer: saved along (its ``save_pretrained`` is called).
         overwrite: replace an existing folder; files in it that are not part of a checkpoint stay.
 
     Raises:
         FileExistsError: ``folder`` is a file, or is not empty and ``overwrite`` is False.
         OSError: it cannot be written.
-        ValueError: something in the state dict is no tensor or has no data; it is named.
+        ValueError: something in the state dict is no tensor or has no data; a layer for which the
+            other library's format has no place; an unknown format. The culprit is named.
         ImportError: safetensors is not installed.
     """
     from pumice import __version__
 
+    if format != "pumice":
+        from pumice.integrations import formats
+
+        formats.save(model, Path(folder), format, tokenizer=tokenizer, overwrite=overwrite)
+        return
     _tensors.require_safetensors()
     stored = _tensors.collect(model)
     report = find_report(model)
@@ -91,23 +109,30 @@ def save(
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | Mapping[str, Any],
     model: nn.Module | None = None,
     *,
     device: torch.device | str | None = None,
     verify: bool = True,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Load a checkpoint written by :func:`save`, bit for bit.
+    """Load a checkpoint written by :func:`save`, or by another library, bit for bit.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint: of pumice, or of GPTQ, AWQ or compressed-tensors, known by the
+            ``quantization_config`` in its ``config.json`` (see
+            :mod:`pumice.integrations.formats`). Or a state dict in one of these three formats, with
+            ``model`` and ``quantization_config``.
         model: an uncompressed model of the same architecture and dtype to load into; its linear
             layers are replaced as the checkpoint says. It may be on "meta", so that no memory is
             spent on weights to be replaced. Changed in place, and left as it was on any error.
             Without it, a transformers model is built from ``config.json``.
         device: where to put the model; by default where it is, and the CPU for what is on "meta".
         verify: compare the SHA-256 of the tensor files with the one stored (about 1 s a GB).
-            Lengths, names, shapes and dtypes are always checked.
+            Lengths, names, shapes and dtypes are always checked. Other libraries store no digest.
+        quantization_config: the description of a state dict, or of a folder that has none: what
+            would stand in ``config.json``, e.g. ``{"quant_method": "gptq", "bits": 4,
+            "group_size": 128}``.
 
     Returns:
         The model (a bare ``nn.Linear`` has no parent: then its replacement). A transformers model
@@ -116,10 +141,27 @@ def load(
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: a truncated or changed file; a missing, unexpected or ill-shaped tensor; an
-            unknown format version, recipe or layer type. The culprit is named.
+            unknown format version, recipe, layer type, bit width or other setting; a zero point or
+            group that is out of range; a pickle. The culprit is named.
+        TypeError: a state dict without ``model`` and ``quantization_config``.
         ImportError: safetensors, or transformers, is not installed.
     """
+    if isinstance(folder, Mapping):
+        if model is None or quantization_config is None:
+            raise TypeError(
+                "load: a state dict needs the model to load into and its quantization_config: "
+                "pumice.load(state_dict, model, quantization_config={...})"
+            )
+        from pumice.integrations import formats
+
+        return formats.load_state_dict(model, folder, quantization_config, device)
     folder = Path(folder)
+    if not is_checkpoint(folder):
+        from pumice.integrations import formats
+
+        config = quantization_config or formats.find_config(folder)
+        if config is not None:
+            return formats.load_folder(folder, config, model, device)
     stored = read_description(folder)
     report = stored.report
     _tensors.require_safetensors()
@@ -158,7 +200,7 @@ def read_description(folder: Path) -> Description:
     """Read and check pumice.json; ValueError, naming the file, for anything unknown in it."""
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise _not_a_checkpoint(folder)
+        raise not_a_checkpoint(folder)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -190,18 +232,22 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _not_a_checkpoint(path: Path) -> Exception:
+def not_a_checkpoint(path: Path) -> Exception:
+    """Why there is nothing to load at a path."""
     pickles = [path] if path.suffix in _PICKLES else []
     if path.is_dir():
         pickles = [file for file in sorted(path.iterdir()) if file.suffix in _PICKLES]
     if pickles and pickles[0].exists():
         return ValueError(
             f"{pickles[0]} is a pickle, which can run any code when it is opened: pumice does not "
-            "load pickles, only folders written by pumice.save"
+            "load pickles, only safetensors files"
         )
     if not path.exists():
         return FileNotFoundError(f"{path} does not exist")
-    return FileNotFoundError(f"{path} is no pumice checkpoint: it holds no {DESCRIPTION}")
+    return FileNotFoundError(
+        f"{path} is no pumice checkpoint: it holds no {DESCRIPTION}; nor is it one of another "
+        "library's quantized models: there is no quantization_config in a config.json"
+    )
 
 
 def _make_layers(

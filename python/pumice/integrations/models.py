@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pumice import checkpoint
+from pumice.integrations import formats
 from pumice.integrations._packages import MissingExtraError, PackagedFile, cached, extract
 
 SAMPLES = {
@@ -40,7 +41,8 @@ def load_model(
 
     Args:
         name_or_path: one of
-            - a folder written by ``pumice.save`` (or ``pumice compress``),
+            - a folder written by ``pumice.save`` (or ``pumice compress``), or by another library
+              in a format that :mod:`pumice.integrations.formats` reads,
             - a transformers folder (``config.json`` and weights),
             - a ``.gguf`` file, or a folder holding exactly one; dequantized on every load,
             - a sample's name, see ``SAMPLES``; fetched and converted once,
@@ -97,7 +99,7 @@ def require(*packages: str) -> None:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[torch.nn.Module, Any]:
-    if checkpoint.is_checkpoint(folder):
+    if checkpoint.is_checkpoint(folder) or _is_foreign(folder):
         return _from_checkpoint(folder, dtype)
     if (folder / "config.json").is_file():
         return _from_transformers(folder, dtype)
@@ -108,6 +110,12 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[torch.nn.Modu
         f"model folder {folder} holds no config.json and {len(ggufs)} .gguf files; expected a "
         "folder of transformers or pumice, or one with exactly one .gguf file"
     )
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds weights that another library quantized, in a format we read."""
+    config = formats.find_config(folder)
+    return config is not None and config.get("quant_method") in formats.READERS
 
 
 def _from_checkpoint(folder: Path, dtype: torch.dtype | None) -> tuple[torch.nn.Module, Any]:
