@@ -16,7 +16,7 @@ EARLY = "uninitialised shared memory"
 IN_FLIGHT = r"cp\.async still in flight"
 NO_BARRIER = r"no barrier after the cp\.async wait"
 
-# The name of the kernel in selftest/faults.cu, and what is said of it. Where the order of threads
+# The name of the kernel in selftest/faults*.cu, and what is said of it. Where the order of threads
 # decides what a missing barrier leads to, all of it stands there.
 FAULTS = {
     "shared_race": RACE,
@@ -112,7 +112,7 @@ def test_report_names_both_sides(emulator: Selftest) -> None:
     text = str(caught.value)
     assert len(set(re.findall(r"thread \(\d+,0,0\) of block \(\d,0,0\)", text))) == 2
     assert "overwrite_while_read" in text  # the kernel
-    lines = {int(n) for n in re.findall(r"tests/emulator/selftest/faults\.cu:(\d+)", text)}
+    lines = {int(n) for n in re.findall(r"tests/emulator/selftest/faults_threads\.cu:(\d+)", text)}
     assert len(lines) == 2
 
 

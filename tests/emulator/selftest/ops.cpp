@@ -17,7 +17,7 @@ SELFTEST_LIBRARY(m) {
   m.def("gemm(Tensor a, Tensor b, Tensor(y!) y) -> ()");
 
 #ifdef PUMICE_EMULATED
-  // A kernel with the fault of that name, or with the fault repaired (faults.cu).
+  // A kernel with the fault of that name, or with the fault repaired (faults*.cu).
   m.def("fault(str name, bool repaired, Tensor x, Tensor(y!) y) -> ()");
 #endif
 }
