@@ -89,7 +89,7 @@ def int32(rows: list[list[int]]) -> torch.Tensor:
 
 
 def gptq_layer(weight: Weight, version: int = 1) -> dict[str, torch.Tensor]:
-    n, k = weight.shape
+    n, _ = weight.shape
     columns = [bit_stream(weight.q[i].tolist(), weight.bits) for i in range(n)]
     offset = 1 if version == 1 else 0
     zero_rows = [
