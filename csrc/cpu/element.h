@@ -132,13 +132,18 @@ inline Bits4 round_four(DType dtype, Float4 value) {
 
 // data[i, i + count) = the first `count` of four values
 inline void store_four(void* data, DType dtype, int64_t i, int count, Float4 value) {
-  const size_t size = dtype == DType::kFloat32 ? 4 : 2;
-  char* out = static_cast<char*>(data) + i * size;
+  const auto store = [&](const auto& four, size_t size) {
+    char* out = static_cast<char*>(data) + i * size;
+    if (count == 4) {
+      std::memcpy(out, &four, 4 * size);  // one store: the size is known
+    } else {
+      std::memcpy(out, &four, static_cast<size_t>(count) * size);
+    }
+  };
   if (dtype == DType::kFloat32) {
-    std::memcpy(out, &value, static_cast<size_t>(count) * size);
+    store(value, sizeof(float));
   } else {
-    const Bits4 rounded = round_four(dtype, value);
-    std::memcpy(out, &rounded, static_cast<size_t>(count) * size);
+    store(round_four(dtype, value), sizeof(uint16_t));
   }
 }
 

@@ -104,25 +104,35 @@ void dot_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const Colu
   last_rows<kTileM - 1>(job, m, m_end - m, tile, prefetch, sums);
 }
 
-// y = (sum · scale + outliers) · weight_scale + bias
+// y = (sum · scale + outliers) · weight_scale + bias. All that the loop reads is copied to locals:
+// the compiler must assume that storing y changes whatever memory it can reach.
+template <DType kDtype>
 void store_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const ColumnTile& tile,
                 const int32_t (*sums)[kTileN]) {
-  for (int64_t m = m_begin; m < m_end; ++m) {
-    const int64_t i = m - m_begin;
+  const int64_t rows = m_end - m_begin, n = job.n, scale_stride = job.scale_stride;
+  const float* scale = job.scale + m_begin * scale_stride;
+  const bool outliers = job.outlier_count > 0;
+  const int count = tile.count;
+  const Float4 weight_scale = tile.scale, bias = tile.bias;
+  void* const y = job.y;
+  int64_t at = m_begin * n + tile.begin;
+  for (int64_t i = 0; i < rows; ++i, at += n) {
     Int4 sum;
     std::memcpy(&sum, sums[i], sizeof(sum));
-    Float4 y = __builtin_convertvector(sum, Float4) * job.scale[m * job.scale_stride];
-    if (job.outlier_count) {
+    Float4 value = __builtin_convertvector(sum, Float4) * scale[i * scale_stride];
+    if (outliers) {
       for (int j = 0; j < kTileN; ++j) {
-        y[j] += tile.outliers[j][i / kPanelRows][i % kPanelRows];
+        value[j] += tile.outliers[j][i / kPanelRows][i % kPanelRows];
       }
     }
-    y = y * tile.scale + tile.bias;
-    store_four(job.y, job.y_dtype, m * job.n + tile.begin, tile.count, y);
+    store_four(y, kDtype, at, count, value * weight_scale + bias);
   }
 }
 
 void gemm(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+  const auto store = job.y_dtype == DType::kFloat32   ? store_rows<DType::kFloat32>
+                     : job.y_dtype == DType::kFloat16 ? store_rows<DType::kFloat16>
+                                                      : store_rows<DType::kBFloat16>;
   ColumnTile tile;
   int32_t sums[kMaxGemmRows][kTileN];
   for (int64_t n = n_begin; n < n_end; n += kTileN) {
@@ -130,7 +140,7 @@ void gemm(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, int64_t n_begi
     dot_rows(job, m_begin, m_end, tile, sums);
     // After the dot products: the weight rows are in cache now.
     if (job.outlier_count) add_outliers(job, m_begin, m_end, tile);
-    store_rows(job, m_begin, m_end, tile, sums);
+    store(job, m_begin, m_end, tile, sums);
   }
 }
 

@@ -40,11 +40,23 @@ const float* load_block(const Int8QuantizeJob& job, int64_t row, int64_t begin, 
 
 // Columns are shared between the threads, which only ever set a flag; looking first keeps the cache
 // line from bouncing between them.
+void flag_column(uint8_t& outlier) {
+  std::atomic_ref<uint8_t> flag(outlier);
+  if (!flag.load(std::memory_order_relaxed)) flag.store(1, std::memory_order_relaxed);
+}
+
+// Outliers are few: a vectorised comparison, then eight columns at a glance.
 void flag_outliers(const float* x, int64_t count, int32_t threshold, uint8_t* outliers) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (magnitude_bits(x[i]) < threshold) continue;
-    std::atomic_ref<uint8_t> flag(outliers[i]);
-    if (!flag.load(std::memory_order_relaxed)) flag.store(1, std::memory_order_relaxed);
+  uint8_t outlying[kBlock + 8];
+  for (int64_t i = 0; i < count; ++i) outlying[i] = magnitude_bits(x[i]) >= threshold;
+  std::memset(outlying + count, 0, 8);
+  for (int64_t begin = 0; begin < count; begin += 8) {
+    uint64_t any;
+    std::memcpy(&any, outlying + begin, sizeof(any));
+    if (!any) continue;
+    for (int64_t i = begin; i < begin + 8; ++i) {
+      if (outlying[i]) flag_column(outliers[i]);
+    }
   }
 }
 
