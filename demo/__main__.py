@@ -57,7 +57,7 @@ def main() -> int:
         f"({setting['cpu']['instruction_set']}), {torch.get_num_threads()} threads\n"
         f"perplexity: Wikipedia excerpt, {setting['windows']} windows of {CONTEXT} tokens, "
         f"{quality.tokens} predicted; ± is the standard error of the paired windows\n"
-        f"speed: batch 1, prompt of {PREFILL} tokens, then {DECODE} generated; "
+        f"speed in tokens a second: batch 1, prompt of {PREFILL} tokens, then {DECODE} generated; "
         f"median of {ROUNDS - 1} interleaved rounds"
     )
     console.print(results.table(rows))
@@ -133,7 +133,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--windows", type=int, default=24, help="evaluated, of 512 tokens each")
+    parser.add_argument("--windows", type=int, default=20, help="evaluated, of 512 tokens each")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     return parser.parse_args()
 

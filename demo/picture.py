@@ -16,7 +16,14 @@ _OTHER = "#e08e2b"
 
 def draw(path: Path, rows: Rows, caption: str) -> None:
     """Write the picture; the format is that of the file name's suffix."""
-    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.fonttype": "none",
+        }
+    ):
         figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
         axes = figure.subplots()
         base = rows[UNCOMPRESSED.name].quality.perplexity

@@ -42,16 +42,16 @@ Rows = Mapping[str, Row]
 
 
 def table(rows: Rows) -> Table:
-    """Every number beside the uncompressed model's."""
+    """Every number beside the uncompressed model's, in 80 columns; speeds in tokens a second."""
     base = rows[UNCOMPRESSED.name]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("method", no_wrap=True)
-    for heading in ("perplexity", "MB", "prefill tok/s", "decode tok/s"):
+    for heading in ("perplexity", "MB", "prefill/s", "decode/s"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in rows.values():
         ratio, _ = row.quality.relative_to(base.quality)
         cells = [
-            (f"{row.quality.perplexity:.2f}", f"{100 * (ratio - 1):+.2g}%", 5),
+            (f"{row.quality.perplexity:.2f}", _percent(ratio - 1), 5),
             (f"{row.size / 1e6:.0f}", f"{row.size / base.size:.0%}", 4),
             (f"{row.prefill:.0f}", f"×{row.prefill / base.prefill:.2f}", 5),
             (f"{row.decode:.1f}", f"×{row.decode / base.decode:.2f}", 5),
@@ -66,6 +66,10 @@ def table(rows: Rows) -> Table:
             style="bold" if row.method is LLM_INT8 else "",
         )
     return grid
+
+
+def _percent(change: float) -> str:
+    return f"{change:+.0%}" if abs(change) >= 0.1 else f"{change:+.1%}"
 
 
 def verdict(rows: Rows) -> list[tuple[str, bool]]:

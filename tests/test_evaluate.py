@@ -99,6 +99,7 @@ def test_relative_to_pairs_the_windows():
     ratio, error = result([1.2, 5.1, 3.0]).relative_to(base)
     assert error == pytest.approx(ratio * 0.1 / math.sqrt(3))
     assert math.isnan(result([1.0]).relative_to(result([1.0]))[1])
+    assert all(map(math.isnan, result([math.nan, 1.0, 1.0]).relative_to(base)))
     with pytest.raises(ValueError, match=r"different windows.* 2 × 10 tokens against 3 × 10"):
         result([1.0, 2.0]).relative_to(base)
     with pytest.raises(ValueError, match=r"3 × 11 tokens against 3 × 10"):

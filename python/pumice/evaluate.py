@@ -45,10 +45,13 @@ class Perplexity:
                 f"{self.context} tokens against {len(baseline.window_nll)} × {baseline.context}"
             )
         differences = [a - b for a, b in zip(self.window_nll, baseline.window_nll, strict=True)]
-        ratio = _exp(statistics.fmean(differences))
+        mean = statistics.fmean(differences)
         count = len(differences)
-        error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
-        return ratio, ratio * error
+        if count == 1:
+            return _exp(mean), math.nan
+        # Not statistics.stdev, which refuses NaN: that a model broke down is a result.
+        variance = sum((difference - mean) ** 2 for difference in differences) / (count - 1)
+        return _exp(mean), _exp(mean) * math.sqrt(variance / count)
 
 
 @dataclass(frozen=True)
