@@ -2,22 +2,31 @@
 //
 // y = (scale·(q weightᵀ) + outliers)·weight_scale + bias on the int8 tensor cores.
 //
-// Each block is persistent and takes tiles of y by turns. Slices of 128 bytes of q and weight run
-// through a ring of stages in shared memory (cp.async), across tiles: the next tile's first slices
-// arrive while this one's outliers are added and its y is stored. Warps read fragments by ldmatrix,
-// one k step ahead of the mma.sync that use them.
+// Each block is persistent and takes items by turns: tiles of y, or parts of K of them where there
+// are fewer tiles than SMs (add_parts). Slices of 128 bytes of q and weight run through a ring of
+// stages in shared memory (cp.async), across items: the next one's first slices arrive while this
+// one's outliers are added and its y is stored. Warps read operands by ldmatrix, a k step ahead of
+// the mma.sync that use them.
 //
-//   slice of q        128 bytes           slice of weight
-//   [kBlockM rows] ┌─────────────┐        [kBlockN rows]
-//                  │ chunk c of row r lies at place c ^ (r mod 8): the 8 rows that an ldmatrix
-//                  │ reads at one chunk are then in 8 different groups of banks
+//     stage s    q, kBlockM rows       chunk c (16 bytes) of row r lies at place c ^ (r mod 8) of
+//     the
+//                weight, kBlockN rows  row, so that the 8 rows that an ldmatrix reads at one chunk
+//                lie of 128 bytes each     in 8 different groups of banks
 //
-// The accumulators become fp32 in place: · scale, then the outlier phase (int8_outliers.h) adds to
-// the same registers, then the epilogue. Nothing is read back and nothing is launched in between.
+// The sums become fp32 in place: · scale, then the outlier phase (int8_outliers.h) adds to the same
+// registers, then the epilogue. Nothing is read back and nothing is launched in between.
 //
-// Floor at M = N = K = 4096 on an H200: 137 TOP / 1979 TOPS = 69 µs; bytes 67 MB = 16 µs. mma.sync
-// reaches some 62 % of the wgmma peak (112 µs); expected 55 %, 125 µs, against 195 µs for bf16 at
-// 700 TFLOPS. A Hopper-native kernel takes its place by a row of its own in the tile table.
+// Floors on an H200 (1979 TOPS dense by wgmma, of which mma.sync reaches some 62 %; 4.3 TB/s), and
+// expectations, which are estimates and not measurements (int8_plan_clocks; the quantization's
+// launch, some 3 µs, comes on top). bf16 is at 700 TFLOPS, or the bytes of its weights.
+//
+//     M × N × K            tensor cores    bytes    mma.sync    expected    bf16
+//     4096 × 4096 × 4096       69 µs       16 µs     112 µs      125 µs     196 µs
+//     2048 × 8192 × 8192      139 µs       27 µs     224 µs      250 µs     393 µs
+//      128 × 8192 × 8192        9 µs       16 µs      14 µs       25 µs      36 µs
+//       64 × 8192 × 8192        4 µs       16 µs       7 µs       21 µs      33 µs
+//
+// A Hopper-native kernel takes its place by rows of its own in the tile table (int8_tiles.h).
 #include "cuda/gemm/int8_gemm.h"
 
 #include "cuda/gemm/int8_epilogue.h"
