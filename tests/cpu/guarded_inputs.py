@@ -1,0 +1,65 @@
+"""Run the CPU kernels on inputs between unreadable pages: a program for test_bounds.py to run.
+
+A read past either end of an input ends the process with a segmentation fault. Prefetches may go
+there; they never fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+import pumice
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PAGE = mmap.PAGESIZE
+NO_ACCESS = 0
+kept: list[mmap.mmap] = []
+
+
+def forbid(address: int) -> None:
+    if LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), NO_ACCESS) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def guarded(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy that ends right before (or begins right after) a page that cannot be read."""
+    size = tensor.numel() * tensor.element_size()
+    inside = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, inside + 2 * PAGE)
+    kept.append(memory)  # never unmapped: the pages stay forbidden
+    offset = PAGE + (inside - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    copy.copy_(tensor.reshape(-1))
+    base = copy.data_ptr() - offset
+    forbid(base)
+    forbid(base + PAGE + inside)
+    return copy.view(tensor.shape)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["past-the-end"]:  # the fault this program is about
+        ctypes.string_at(guarded(torch.zeros(5), at_end=True).data_ptr(), 21)
+    g = torch.Generator().manual_seed(0)
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    for m, n, k in itertools.product((1, 5, 19), (1, 5, 8), (1, 15, 33, 64, 100, 515)):
+        dtype = next(dtypes)
+        x = (torch.randn(m, k, generator=g) * 3).to(dtype)
+        q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=g)
+        qweight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=g)
+        vectors = (torch.rand(n, generator=g), torch.randn(n, generator=g).to(dtype))
+        for at_end in (False, True):
+            inputs = [guarded(t, at_end) for t in (x, q, torch.rand(m), qweight, *vectors)]
+            xs, qs, scale, *weight = inputs
+            pumice.ops.int8_quantize(xs, threshold=6.0, smooth=guarded(torch.rand(k), at_end))
+            pumice.ops.int8_linear(qs, scale, *weight, out_dtype=dtype)
+            pumice.ops.int8_mixed_linear(xs, *weight)
+    print("done")
+
+
+main()
