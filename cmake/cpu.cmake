@@ -4,8 +4,9 @@
 # pumice::cpu::PUMICE_ISA; dispatch.cpp chooses a table of function pointers when the library loads.
 set(PUMICE_CPU_SOURCES csrc/ops.cpp csrc/cpu/isa.cpp csrc/cpu/dispatch.cpp csrc/cpu/ops_int4.cpp
     csrc/cpu/ops_int8.cpp)
-set(PUMICE_CPU_ISA_SOURCES csrc/cpu/int4_gemm.cpp csrc/cpu/int4_weight.cpp
-    csrc/cpu/int8_gemm.cpp csrc/cpu/int8_quantize.cpp)
+set(PUMICE_CPU_ISA_SOURCES csrc/cpu/int4_few_rows.cpp csrc/cpu/int4_gemm.cpp
+    csrc/cpu/int4_panel_gemm.cpp csrc/cpu/int4_weight.cpp csrc/cpu/int8_gemm.cpp
+    csrc/cpu/int8_quantize.cpp)
 
 set(PUMICE_CPU_ISAS portable)
 set(PUMICE_ISA_FLAGS_portable "")
@@ -15,7 +16,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(PUMICE_ISA_FLAGS_avx512vnni -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2
                                   -mfma -mf16c -mprefer-vector-width=512)
   # GCC 12 warns of its own undefined-vector intrinsics (GCC bug 105593).
-  list(APPEND PUMICE_ISA_FLAGS_avx512vnni -Wno-maybe-uninitialized)
+  list(APPEND PUMICE_ISA_FLAGS_avx512vnni -Wno-maybe-uninitialized -Wno-uninitialized)
 endif()
 
 add_library(pumice_cpu SHARED ${PUMICE_CPU_SOURCES})

@@ -34,4 +34,14 @@ const Int4GemmKernels& int4_gemm_kernels() {
   return kernels;
 }
 
+const Int4DigitKernels& int4_few_kernels() {
+  static const Int4DigitKernels& kernels = PUMICE_SELECT(int4_few_kernels);
+  return kernels;
+}
+
+const Int4DigitKernels& int4_panel_kernels() {
+  static const Int4DigitKernels& kernels = PUMICE_SELECT(int4_panel_kernels);
+  return kernels;
+}
+
 }  // namespace pumice::cpu

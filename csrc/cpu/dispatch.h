@@ -10,5 +10,7 @@ const Int8QuantizeKernels& int8_quantize_kernels();
 const Int8GemmKernels& int8_gemm_kernels();
 const Int4WeightKernels& int4_weight_kernels();
 const Int4GemmKernels& int4_gemm_kernels();
+const Int4DigitKernels& int4_few_kernels();
+const Int4DigitKernels& int4_panel_kernels();
 
 }  // namespace pumice::cpu

@@ -1,76 +1,100 @@
 // kernel: int4_gemm
 //
-// y = x · W^T + extra · extra_weight^T + bias, one weight row at a time.
+// The general product: y = x · W^T + extra · extra_weight^T + bias with W of any width and any
+// assignment of columns to groups, dequantized a few rows at a time to fp32, and x in fp32.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
+#include "cpu/element.h"
+#include "cpu/int4_activations.h"
 #include "cpu/int4_dequantize.h"
+#include "cpu/int4_dots.h"
 #include "cpu/int4_kernels.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
 
-void gather_rows(const void* x, DType dtype, int64_t k, const int32_t* perm, float* out,
-                 int64_t begin, int64_t end) {
+// Weight rows and rows of x that are multiplied at a time.
+constexpr int kTileN = 4;
+constexpr int kTileM = 2;
+
+void gather_rows(const Int4Activations& x, float* out, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; ++m) gather_row(x, m, out + m * x.k, x.k);
+}
+
+void round_rows(const Int4Activations& x, float* out, int64_t begin, int64_t end) {
+  float values[kActivationBlock];
+  int32_t q[kActivationBlock];
   for (int64_t m = begin; m < end; ++m) {
-    for (int64_t i = 0; i < k; ++i) {
-      out[m * k + i] = load_element(x, dtype, m * k + (perm ? perm[i] : i));
+    float* row = out + m * x.k;
+    gather_row(x, m, row, x.k);
+    for (int64_t first = 0; first < x.k; first += kActivationBlock) {
+      const int64_t count = std::min(kActivationBlock, x.k - first);
+      std::fill(std::copy_n(row + first, count, values), values + kActivationBlock, 0.0f);
+      const BlockScale scale = block_scale<1>(values);
+      round_block(values, scale.inverse, q);
+      for (int64_t i = 0; i < count; ++i) row[first + i] = static_cast<float>(q[i]) * scale.scale;
     }
   }
 }
 
-void round_rows(float* x, int64_t k, int64_t begin, int64_t end) {
-  for (int64_t m = begin; m < end; ++m) {
-    for (int64_t first = 0; first < k; first += kActivationChunk) {
-      float* chunk = x + m * k + first;
-      const int64_t count = std::min(kActivationChunk, k - first);
-      float absmax = 0.0f;
-      bool finite = true;
-      for (int64_t i = 0; i < count; ++i) {
-        absmax = std::max(absmax, std::fabs(chunk[i]));
-        finite &= std::isfinite(chunk[i]);
-      }
-      const float scale = int8_scale(absmax), inverse = int8_inverse_scale(absmax);
-      for (int64_t i = 0; i < count; ++i) {
-        chunk[i] = finite ? std::rint(chunk[i] * inverse) * scale : NAN;
-      }
-    }
+// f.template operator()<count>(m, …) for all rows [begin, end), kTileM and then one at a time.
+template <typename F>
+void for_tiles(int64_t begin, int64_t end, const F& f) {
+  int64_t m = begin;
+  for (; m + kTileM <= end; m += kTileM) f.template operator()<kTileM>(m);
+  for (; m < end; ++m) f.template operator()<1>(m);
+}
+
+void multiply_rows(const float* x, int64_t k, const MatrixView& factor, float* row, float* out,
+                   int64_t stride, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < factor.rows; ++r) {
+    load_elements(factor.data, factor.dtype, r * k, k, row);
+    for_tiles(begin, end, [&]<int kM>(int64_t m) {
+      float sums[kM][1] = {};
+      add_dots<kM, 1>(x + m * k, k, row, k, k, sums);
+      for (int i = 0; i < kM; ++i) out[(m + i) * stride + r] = sums[i][0];
+    });
   }
 }
 
-float dot(const float* a, const float* b, int64_t count) {
-  constexpr int64_t kLanes = 16;
-  float sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) sums[j] += a[i + j] * b[i + j];
-  }
-  float sum = 0.0f;
-  for (; i < count; ++i) sum += a[i] * b[i];
-  for (int64_t j = 0; j < kLanes; ++j) sum += sums[j];
-  return sum;
-}
-
-void gemm(const Int4GemmJob& job, float* row, int64_t n_begin, int64_t n_end) {
+// The weight rows of kTileN columns of y in fp32: K of W, then those of extra.
+void load_rows(const Int4GemmJob& job, int64_t begin, float* rows) {
   const IntnWeight& weight = job.weight;
-  const int64_t k = weight.k;
-  const int64_t outliers = job.outlier_weight.columns, rank = job.lora_b.columns;
-  for (int64_t n = n_begin; n < n_end; ++n) {
+  for (int j = 0; j < kTileN; ++j) {
+    const int64_t n = std::min(begin + j, weight.n - 1);
+    float* row = rows + j * (weight.k + job.epilogue.extras());
     with_intn_width(weight.bits, [&]<int kBits>() { dequantize_row<kBits>(weight, n, row); });
-    float* extra = row + k;
-    load_elements(job.outlier_weight.data, job.outlier_weight.dtype, n * outliers, outliers, extra);
-    load_elements(job.lora_b.data, job.lora_b.dtype, n * rank, rank, extra + outliers);
-    const float bias = job.bias.data ? load_element(job.bias.data, job.bias.dtype, n) : 0.0f;
-    for (int64_t m = 0; m < job.m; ++m) {
-      const float y = dot(job.x + m * k, row, k) +
-                      dot(job.extra + m * (outliers + rank), extra, outliers + rank) + bias;
-      store_element(job.y, job.y_dtype, m * weight.n + n, y);
-    }
+    load_extra(job.epilogue, n, row + weight.k);
   }
 }
+
+void gemm(const Int4GemmJob& job, float* rows, int64_t n_begin, int64_t n_end) {
+  const Int4Epilogue& epilogue = job.epilogue;
+  const int64_t k = job.weight.k, extras = epilogue.extras(), stride = k + extras;
+  for (int64_t n = n_begin; n < n_end; n += kTileN) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileN, n_end - n));
+    load_rows(job, n, rows);
+    const Float4 bias = load_bias(epilogue, n, count);
+    for_tiles(0, job.m, [&]<int kM>(int64_t m) {
+      float sums[kM][kTileN] = {};
+      add_dots<kM, kTileN>(job.x + m * k, k, rows, stride, k, sums);
+      add_dots<kM, kTileN>(epilogue.extra + m * extras, extras, rows + k, stride, extras, sums);
+      for (int i = 0; i < kM; ++i) {
+        Float4 y;
+        std::memcpy(&y, sums[i], sizeof(y));
+        store_four(epilogue.y, epilogue.y_dtype, (m + i) * job.weight.n + n, count, y + bias);
+      }
+    });
+  }
+}
+
+int64_t gemm_scratch(int64_t k, int64_t extras) { return kTileN * (k + extras); }
 
 }  // namespace
 
-const Int4GemmKernels int4_gemm_kernels = {gather_rows, round_rows, gemm};
+const Int4GemmKernels int4_gemm_kernels = {gather_rows, round_rows, multiply_rows, gemm,
+                                           gemm_scratch};
 
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -90,31 +90,127 @@ Tensor int4_dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zero
   return out;
 }
 
-float element(const void* data, DType dtype, int64_t i) {
-  float value;
-  int4_gemm_kernels().gather_rows(static_cast<const char*>(data) + i * size_of(dtype), dtype, 1,
-                                  nullptr, &value, 0, 1);
-  return value;
+// Where a row's blocks of activations and groups of weights end.
+struct Segments {
+  std::vector<int32_t> block_segments = {0};
+  std::vector<int32_t> word_segments;
+  std::vector<Int4Segment> segments;
+
+  explicit Segments(const IntnWeight& weight) {
+    const int64_t words = intn_words(weight.k, 4), group_words = (weight.group_size + 7) / 8;
+    word_segments.resize(static_cast<size_t>(ceil_div(words, kBlockWords) * kBlockWords));
+    for (int64_t begin = 0; begin < words;) {
+      const int64_t block = begin / kBlockWords, group = begin / group_words;
+      const int64_t end = std::min({words, (block + 1) * kBlockWords, (group + 1) * group_words});
+      std::fill(word_segments.begin() + begin, word_segments.begin() + end,
+                static_cast<int32_t>(segments.size()) - block_segments.back());
+      segments.push_back({static_cast<int32_t>(begin - block * kBlockWords),
+                          static_cast<int32_t>(end - block * kBlockWords),
+                          static_cast<int32_t>(group)});
+      if (end == words || end % kBlockWords == 0) {
+        block_segments.push_back(static_cast<int32_t>(segments.size()));
+      }
+      begin = end;
+    }
+  }
+};
+
+// One byte for int8 activations, two for what fp16 and bf16 hold, four for fp32.
+int planes_of(DType dtype, bool int8_activation) {
+  if (int8_activation) return 1;
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Blocks of rows whose digits stay in L2 times chunks of columns, spread over the threads.
+void run_digits(const IntnWeight& weight, const Int4Activations& x, bool int8_activation,
+                const Int4Epilogue& epilogue, const Tensor& like) {
+  constexpr int64_t kColumnChunk = 64;
+  constexpr int64_t kRowBlockBytes = 512 * 1024;
+  const Int4DigitKernels& kernels = x.m <= kFewRows ? int4_few_kernels() : int4_panel_kernels();
+  const Segments segments(weight);
+  Int4DigitJob job{};
+  job.weight = weight;
+  job.x = x;
+  job.planes = planes_of(x.dtype, int8_activation);
+  job.blocks = static_cast<int64_t>(segments.block_segments.size()) - 1;
+  job.block_segments = segments.block_segments.data();
+  job.segments = segments.segments.data();
+  job.word_segments = segments.word_segments.data();
+  job.epilogue = epilogue;
+
+  Workspace workspace;
+  const size_t digits = workspace.reserve<int32_t>(x.m * job.digits_per_row());
+  const size_t statistics = workspace.reserve<float>(x.m * job.statistics_per_row());
+  workspace.allocate(like);
+  job.digits = workspace.at<int32_t>(digits);
+  job.statistics = workspace.at<float>(statistics);
+  for_rows(ceil_div(x.m, kTileRows), kTileRows * x.k, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(job.blocks * kActivationBlock));
+    kernels.prepare(job, row.data(), begin * kTileRows, std::min(end * kTileRows, x.m));
+  });
+
+  const int64_t fitting = kRowBlockBytes / (x.k * job.planes) / kTileRows * kTileRows;
+  const int64_t row_block = std::clamp(fitting, kTileRows, kMaxDigitRows);
+  const int64_t column_chunks = ceil_div(weight.n, kColumnChunk);
+  const int64_t blocks = ceil_div(x.m, row_block) * column_chunks;
+  const int64_t block_work = std::min(x.m, row_block) * kColumnChunk * x.k;
+  parallel_for(0, blocks, ceil_div(64 * kGrain, block_work), [&](int64_t begin, int64_t end) {
+    Workspace scratch;
+    const size_t floats = scratch.reserve<float>(kernels.scratch(job));
+    scratch.allocate(like);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t m = block / column_chunks * row_block;
+      const int64_t n = block % column_chunks * kColumnChunk;
+      kernels.gemm(job, scratch.at<float>(floats), m, std::min(m + row_block, x.m), n,
+                   std::min(n + kColumnChunk, weight.n));
+    }
+  });
+}
+
+void run_general(const IntnWeight& weight, const Int4Activations& x, bool int8_activation,
+                 const Int4Epilogue& epilogue, const Tensor& like) {
+  const Int4GemmKernels& kernels = int4_gemm_kernels();
+  Workspace workspace;
+  const size_t gathered = workspace.reserve<float>(x.m * x.k);
+  workspace.allocate(like);
+  float* rows = workspace.at<float>(gathered);
+  for_rows(x.m, x.k, [&](int64_t begin, int64_t end) {
+    (int8_activation ? kernels.round_rows : kernels.gather_rows)(x, rows, begin, end);
+  });
+  const Int4GemmJob job{weight, rows, x.m, epilogue};
+  constexpr int64_t kColumnChunk = 16;
+  const int64_t grain = ceil_div(64 * kGrain, kColumnChunk * x.m * x.k);
+  parallel_for(0, ceil_div(weight.n, kColumnChunk), grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(kernels.gemm_scratch(x.k, epilogue.extras())));
+    kernels.gemm(job, scratch.data(), begin * kColumnChunk, std::min(end * kColumnChunk, weight.n));
+  });
 }
 
 // extra[m] = (x[m, outlier_idx], x[m] · lora_a^T): what the dense terms multiply.
 void fill_extra(const Int4LinearArgs& args, float* extra) {
+  const Int4GemmKernels& kernels = int4_gemm_kernels();
   const int64_t k = args.weight.k, outliers = args.outlier_weight.columns;
-  const int64_t rank = args.lora_a.rows;
-  for (int64_t m = 0; m < args.m; ++m) {
-    float* row = extra + m * (outliers + rank);
-    for (int64_t j = 0; j < outliers; ++j) {
-      row[j] = element(args.x.const_data_ptr(), args.dtype, m * k + args.outlier_idx[j]);
-    }
-    for (int64_t r = 0; r < rank; ++r) {
-      float sum = 0.0f;
-      for (int64_t i = 0; i < k; ++i) {
-        sum += element(args.x.const_data_ptr(), args.dtype, m * k + i) *
-               element(args.lora_a.data, args.lora_a.dtype, r * k + i);
+  const int64_t extras = outliers + args.lora_a.rows;
+  const Int4Activations x{args.x.const_data_ptr(), args.dtype, args.m, k, nullptr, nullptr};
+  for_rows(args.m, k * (1 + args.lora_a.rows), [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(static_cast<size_t>((end - begin + 1) * k));
+    float* row = memory.data() + (end - begin) * k;
+    // Rows begin … end - 1 lie at the beginning of the memory.
+    const Int4Activations part{static_cast<const char*>(x.x) + begin * k * size_of(x.dtype),
+                               x.dtype,
+                               end - begin,
+                               k,
+                               nullptr,
+                               nullptr};
+    kernels.gather_rows(part, memory.data(), 0, end - begin);
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t j = 0; j < outliers; ++j) {
+        extra[m * extras + j] = memory[(m - begin) * k + args.outlier_idx[j]];
       }
-      row[outliers + r] = sum;
     }
-  }
+    kernels.multiply_rows(memory.data(), k, args.lora_a, row, extra + begin * extras + outliers,
+                          extras, 0, end - begin);
+  });
 }
 
 Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros,
@@ -127,42 +223,31 @@ Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor
   const Int4LinearArgs args =
       check_int4_linear(x, qweight, scales, zeros, g_idx, perm, bias, outlier_idx, outlier_weight,
                         lora_a, lora_b, group_size, bits);
-  checked_weight(op, args.weight);
-  const int64_t m = args.m, k = args.weight.k, n = args.weight.n;
+  const IntnWeight weight = checked_weight(op, args.weight);
   const int64_t outliers = args.outlier_weight.columns;
-  check_range(op, "perm", args.perm, k, k);
-  check_range(op, "outlier_idx", args.outlier_idx, outliers, k);
-  Tensor y = new_empty(x, shape_with_last(x, n), x.scalar_type());
-  if (m == 0) return y;
+  check_range(op, "perm", args.perm, weight.k, weight.k);
+  check_range(op, "outlier_idx", args.outlier_idx, outliers, weight.k);
+  Tensor y = new_empty(x, shape_with_last(x, weight.n), x.scalar_type());
+  if (args.m == 0) return y;
 
-  const Int4GemmKernels& kernels = int4_gemm_kernels();
   const int64_t extras = outliers + args.lora_a.rows;
-  std::vector<float> extra(static_cast<size_t>(m * extras));
-  fill_extra(args, extra.data());
-  Workspace workspace;
-  const size_t gathered = workspace.reserve<float>(m * k);
-  workspace.allocate(x);
-  float* activations = workspace.at<float>(gathered);
-  std::vector<bool> is_outlier(static_cast<size_t>(int8_activation ? k : 0));
-  if (int8_activation) {
-    for (int64_t j = 0; j < outliers; ++j) is_outlier[args.outlier_idx[j]] = true;
+  std::vector<float> extra(static_cast<size_t>(args.m * extras));
+  if (extras) fill_extra(args, extra.data());
+  // Outlier columns see x itself and weigh nothing here: their size shall not cost the others bits.
+  std::vector<uint8_t> left_out(static_cast<size_t>(int8_activation && outliers ? weight.k : 0));
+  if (!left_out.empty()) {
+    for (int64_t j = 0; j < outliers; ++j) left_out[args.outlier_idx[j]] = 1;
   }
-  for_rows(m, k, [&](int64_t begin, int64_t end) {
-    kernels.gather_rows(args.x.const_data_ptr(), args.dtype, k, args.perm, activations, begin, end);
-    if (!int8_activation) return;
-    for (int64_t i = 0; i < k; ++i) {
-      if (!is_outlier[args.perm ? args.perm[i] : i]) continue;
-      for (int64_t row = begin; row < end; ++row) activations[row * k + i] = 0.0f;
-    }
-    kernels.round_rows(activations, k, begin, end);
-  });
-  const Int4GemmJob job{args.weight,  activations,          m,
-                        extra.data(), args.outlier_weight,  args.lora_b,
-                        args.bias,    y.mutable_data_ptr(), args.dtype};
-  parallel_for(0, n, std::max<int64_t>(1, 64 * kGrain / (m * k)), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(static_cast<size_t>(k + extras));
-    kernels.gemm(job, row.data(), begin, end);
-  });
+  const Int4Activations activations{args.x.const_data_ptr(),
+                                    args.dtype,
+                                    args.m,
+                                    weight.k,
+                                    args.perm,
+                                    left_out.empty() ? nullptr : left_out.data()};
+  const Int4Epilogue epilogue{extra.data(), args.outlier_weight,  args.lora_b,
+                              args.bias,    y.mutable_data_ptr(), args.dtype};
+  const bool digits = int4_panel_kernels().exist && weight.bits == 4 && !weight.g_idx;
+  (digits ? run_digits : run_general)(weight, activations, int8_activation, epilogue, x);
   return y;
 }
 

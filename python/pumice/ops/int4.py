@@ -147,17 +147,23 @@ def int4_linear(
                 + Σ_r (Σ_k x[m, k] · lora_a[r, k]) · lora_b[n, r]        (low-rank compensation)
                 + bias[n]
 
-    Sums are fp32, the result is rounded once to the dtype of x. NaN and ±Inf in x stay in their
-    row. Whoever packs a weight with outlier columns stores q = zero there, so that W = 0.
+    Sums are fp32 or finer, the result is rounded once to the dtype of x. NaN and ±Inf in x stay in
+    their row. Whoever packs a weight with outlier columns stores q = zero there, so that W = 0.
+
+    On the CPU the activations become fixed-point numbers, one power of two as the scale for each
+    row and each 128 of them, and the products are integers: fp16 and bf16 in 15 bits, wrong by at
+    most 2^-15 of the largest of the 128 (and exact down to 2^-3 or 2^-6 of it); fp32 in 28 bits. A
+    row with a NaN or ±Inf may become NaN as a whole. (With ``g_idx`` or another width than 4 bits,
+    and without AVX2, the products are fp32.)
 
     ``perm`` is activation order without its cost: columns are stored sorted by group, and x is read
     through ``perm``. ``g_idx`` is the general form, for any assignment of columns to groups, and
     slower.
 
     With ``int8_activation`` (CPU only) the activations, in the order ``perm`` gives, are quantized
-    to int8, one scale for each row and each 32 of them: the trade of ggml and onnxruntime. The
+    to int8, one scale for each row and each 128 of them: the trade of ggml and onnxruntime. The
     outlier and low-rank terms see x itself; outlier columns are left out of the quantization. The
-    error of an activation is at most 1/254 of the largest magnitude among its 32.
+    error of an activation is at most 1/254 of the largest magnitude among its 128.
 
     Differentiable in x, bias, outlier_weight, lora_a and lora_b (x with int8_activation: straight
     through); the weight is dequantized to the dtype of x for the time of the product.

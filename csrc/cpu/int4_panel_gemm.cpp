@@ -1,0 +1,217 @@
+// kernel: int4_panel_gemm
+//
+// y = x · W^T + extra · extra_weight^T + bias for 4-bit weights: integer products of nibbles and
+// digits (int4_activations.h), scaled where a group or a block of activations ends.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/element.h"
+#include "cpu/int4_activations.h"
+#include "cpu/int4_kernels.h"
+#include "cpu/int4_panel.h"
+
+namespace pumice::cpu::PUMICE_ISA {
+
+#if defined(__AVX2__)
+
+namespace {
+
+// kPanel columns of y: the weight rows, and for each group their scales and zero points.
+struct Panel {
+  int64_t begin;
+  int count;                     // of columns that exist
+  const uint32_t* rows[kPanel];  // past the end the last one again
+  Lanes* scales;                 // [G]
+  Lanes* zeros;                  // [G]
+  uint8_t* nibbles;              // of one block
+  Lanes* sums;                   // [rows of x], fp32
+};
+
+int64_t scratch(const Int4DigitJob& job) {
+  constexpr int64_t kNibbleFloats = kBlockWords * 2 * kPanel;
+  return (2 * job.weight.groups + kMaxDigitRows) * kPanel + kNibbleFloats;
+}
+
+void load_parameters(const IntnWeight& weight, Panel& panel) {
+  for (int64_t group = 0; group < weight.groups; group += kPanel) {
+    const int64_t count = std::min<int64_t>(kPanel, weight.groups - group);
+    Lanes scales[kPanel], zeros[kPanel];
+    for (int i = 0; i < kPanel; ++i) {
+      const int64_t n = std::min<int64_t>(panel.begin + i, weight.n - 1);
+      const int64_t at = n * weight.groups + group;
+      scales[i] = load_floats(weight.scales, weight.scale_dtype, at, count);
+      if (weight.zero_kind == ZeroKind::kInteger) {
+        zeros[i] = load_bytes(static_cast<const uint8_t*>(weight.zeros) + at, count);
+      } else if (weight.zero_kind == ZeroKind::kFloat) {
+        zeros[i] = load_floats(weight.zeros, weight.scale_dtype, at, count);
+      }
+    }
+    transpose_floats(scales);
+    if (weight.zero_kind == ZeroKind::kMiddle) {
+      std::fill_n(zeros, kPanel, broadcast(IntnLayout<4>::kMiddle));
+    } else {
+      transpose_floats(zeros);
+    }
+    std::copy_n(scales, count, panel.scales + group);
+    std::copy_n(zeros, count, panel.zeros + group);
+  }
+}
+
+// sums[m] = bias + extra[m] · extra_weight^T
+void begin_sums(const Int4Epilogue& epilogue, int64_t m_begin, int64_t m_end, Panel& panel) {
+  alignas(64) float column[kPanel] = {};
+  const auto load_column = [&](const void* data, DType dtype, int64_t stride, int64_t offset) {
+    for (int i = 0; i < panel.count; ++i) {
+      column[i] = load_element(data, dtype, (panel.begin + i) * stride + offset);
+    }
+    Lanes lanes;
+    std::memcpy(&lanes, column, sizeof(lanes));
+    return lanes;
+  };
+  const VectorView& bias = epilogue.bias;
+  std::fill_n(panel.sums, m_end - m_begin,
+              bias.data ? load_column(bias.data, bias.dtype, 1, 0) : broadcast(0.0f));
+  const int64_t outliers = epilogue.outlier_weight.columns, extras = epilogue.extras();
+  for (int64_t j = 0; j < extras; ++j) {
+    const MatrixView& factor = j < outliers ? epilogue.outlier_weight : epilogue.lora_b;
+    const Lanes weights =
+        load_column(factor.data, factor.dtype, factor.columns, j < outliers ? j : j - outliers);
+    for (int64_t m = m_begin; m < m_end; ++m) {
+      Lanes& sum = panel.sums[m - m_begin];
+      sum = multiply_add(broadcast(epilogue.extra[m * extras + j]), weights, sum);
+    }
+  }
+}
+
+// Adds the products of one block of the weight rows with kRows rows of x.
+template <int kRows, int kPlanes>
+void add_tile(const Int4DigitJob& job, int64_t block, int64_t m, const Panel& panel, Lanes* sums) {
+  constexpr int kTerms = (kPlanes + 1) / 2;
+  constexpr int kDigits = kPlanes / kTerms;  // of a term
+  constexpr int64_t kTermDigits = kDigits * kBlockWords * 2 * kRows;
+  const int32_t* digits = job.digits + m * job.digits_per_row() + block * kTerms * kTermDigits;
+  const float* all = job.statistics + m * job.statistics_per_row();
+  for (int64_t s = job.block_segments[block]; s < job.block_segments[block + 1]; ++s) {
+    const Int4Segment& segment = job.segments[s];
+    const float* statistics = all + s * (1 + kTerms) * kRows;
+    const Lanes scale = panel.scales[segment.group], zero = panel.zeros[segment.group];
+    // Σ (q - zero)·x = Σ q·x - zero·Σ x, both sums exact
+    IntLanes products[kRows];
+    dot<kRows, kDigits>(panel.nibbles, digits, segment.begin, segment.end, products);
+    Lanes term[kRows];
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      term[r] =
+          negative_multiply_add(zero, broadcast(statistics[kRows + r]), to_float(products[r]));
+    }
+    if constexpr (kTerms == 2) {
+      dot<kRows, kDigits>(panel.nibbles, digits + kTermDigits, segment.begin, segment.end,
+                          products);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r) {
+        const Lanes low = negative_multiply_add(zero, broadcast(statistics[2 * kRows + r]),
+                                                to_float(products[r]));
+        term[r] = multiply_add(low, broadcast(0x1p-16f), term[r]);
+      }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = multiply_add(term[r], scale * broadcast(statistics[r]), sums[r]);
+    }
+  }
+}
+
+template <int kPlanes>
+void add_block(const Int4DigitJob& job, int64_t block, int64_t m_begin, int64_t m_end,
+               const Panel& panel) {
+  int64_t m = m_begin;
+  const auto tiles = [&]<int kRows>() {
+    for (; m + kRows <= m_end; m += kRows) {
+      add_tile<kRows, kPlanes>(job, block, m, panel, panel.sums + (m - m_begin));
+    }
+  };
+  tiles.template operator()<16>();
+  tiles.template operator()<8>();
+  tiles.template operator()<4>();
+  tiles.template operator()<2>();
+  tiles.template operator()<1>();
+}
+
+void store_sums(const Int4DigitJob& job, int64_t m_begin, int64_t m_end, const Panel& panel) {
+  const Int4Epilogue& epilogue = job.epilogue;
+  for (int64_t m = m_begin; m < m_end; ++m) {
+    alignas(64) float values[kPanel];
+    std::memcpy(values, &panel.sums[m - m_begin], sizeof(values));
+    for (int i = 0; i < panel.count; i += 4) {
+      Float4 four;
+      std::memcpy(&four, values + i, sizeof(four));
+      store_four(epilogue.y, epilogue.y_dtype, m * job.weight.n + panel.begin + i,
+                 std::min(4, panel.count - i), four);
+    }
+  }
+}
+
+void gemm(const Int4DigitJob& job, float* memory, int64_t m_begin, int64_t m_end, int64_t n_begin,
+          int64_t n_end) {
+  const IntnWeight& weight = job.weight;
+  const int64_t row_words = intn_words(weight.k, 4);
+  Panel panel;
+  panel.scales = reinterpret_cast<Lanes*>(memory);
+  panel.zeros = panel.scales + weight.groups;
+  panel.sums = panel.zeros + weight.groups;
+  panel.nibbles = reinterpret_cast<uint8_t*>(panel.sums + kMaxDigitRows);
+  for (panel.begin = n_begin; panel.begin < n_end; panel.begin += kPanel) {
+    panel.count = static_cast<int>(std::min<int64_t>(kPanel, n_end - panel.begin));
+    for (int i = 0; i < kPanel; ++i) {
+      panel.rows[i] = weight.qweight + std::min<int64_t>(panel.begin + i, weight.n - 1) * row_words;
+    }
+    load_parameters(weight, panel);
+    begin_sums(job.epilogue, m_begin, m_end, panel);
+    // Memory is the limit at small M, and hardware prefetchers stop at the end of a page: the next
+    // panel is fetched into L2 while this one is multiplied. At the end there is none.
+    const int64_t ahead = panel.begin + 2 * kPanel <= weight.n ? kPanel * row_words : 0;
+    for (int64_t block = 0; block < job.blocks; ++block) {
+      const int64_t word = block * kBlockWords;
+      load_nibbles(panel.rows, word, std::min(kBlockWords, row_words - word), ahead, panel.nibbles);
+      with_planes(job.planes,
+                  [&]<int kPlanes>() { add_block<kPlanes>(job, block, m_begin, m_end, panel); });
+    }
+    store_sums(job, m_begin, m_end, panel);
+  }
+}
+
+// Rows are prepared in the tiles in which add_block takes them: 16, at the end 8, 4, 2 and 1. A
+// tile's digits lie side by side, so that they are read as one stream.
+void prepare(const Int4DigitJob& job, float* values, int64_t begin, int64_t end) {
+  with_planes(job.planes, [&]<int kPlanes>() {
+    const int64_t terms = job.terms();
+    for (int64_t rows = kTileRows; rows >= 1; rows /= 2) {
+      const DigitStrides strides{kBlockWords * 2 * rows, 2 * rows, rows};
+      for (; begin + rows <= end; begin += rows) {
+        for (int64_t row = 0; row < rows; ++row) {
+          float* statistics = job.statistics + begin * job.statistics_per_row() + row;
+          const auto store = [&](int64_t segment, float scale, const TermSums& sums) {
+            float* of_segment = statistics + segment * (1 + terms) * rows;
+            of_segment[0] = scale;
+            of_segment[rows] = sums.high;
+            if (terms == 2) of_segment[2 * rows] = sums.low;
+          };
+          prepare_row<kPlanes>(job, begin + row, values, strides, kPlanes * strides.plane,
+                               job.digits + begin * job.digits_per_row() + row, store);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const Int4DigitKernels int4_panel_kernels = {true, prepare, gemm, scratch};
+
+#else
+
+const Int4DigitKernels int4_panel_kernels = {false, nullptr, nullptr, nullptr};
+
+#endif
+
+}  // namespace pumice::cpu::PUMICE_ISA
