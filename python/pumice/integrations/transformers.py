@@ -124,7 +124,13 @@ def build_skeleton(folder: Path) -> nn.Module:
             f"{folder} holds no config.json, so its model is not one of transformers: pass the "
             "uncompressed model to load into, pumice.load(folder, model)"
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder}/config.json describes no model that transformers {transformers.__version__} "
+            "knows; pass the uncompressed model to load into, pumice.load(folder, model)"
+        ) from error
     names = config.architectures or []
     model_type = getattr(transformers, names[0], None) if names else None
     if model_type is None:

@@ -253,7 +253,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 RECIPES = {
-    "gptq": pumice.GPTQ(group_size=16, static_groups=False, mse=True),
+    "gptq": pumice.GPTQ(group_size=16, static_groups=False),
     "gptq_v2": pumice.RTN(bits=3, group_size=32, symmetric=False),
     "awq": pumice.RTN(group_size=16, symmetric=False),
     "compressed-tensors": pumice.GPTQ(group_size=16, symmetric=False),
