@@ -27,7 +27,7 @@ struct ColumnTile {
   const int8_t* rows[kTileN];  // of weight; past the end the last one again
   Float4 scale;
   Float4 bias;
-  Panel outliers[kTileN][kMaxGemmRows / kPanelRows];
+  Panel outliers[kMaxGemmRows / kPanelRows][kTileN];
 };
 
 void begin_column_tile(const Int8GemmJob& job, int64_t begin, int64_t end, ColumnTile& tile) {
@@ -41,32 +41,49 @@ void begin_column_tile(const Int8GemmJob& job, int64_t begin, int64_t end, Colum
   }
 }
 
-// outliers[n][m] = Σ_j residual[m, j] · weight[n, columns[j]], 16 rows to a register. The sum over
-// j is one running sum for each (m, n), so a row's bits depend on no other row.
+// Adds `count` outlier columns to the sums of one panel of rows: residual[j] holds the 16 rows,
+// weight[j] the tile's columns. With few rows most of the panel is padding, and the registers run
+// along the columns instead. Either way the sum over j is one running sum for each (m, n), so that
+// a row's bits depend neither on other rows nor on how many there are.
+void add_panel(const Panel* residual, const Float4* weight, int64_t count, int64_t rows,
+               Panel (&sums)[kTileN]) {
+  constexpr int64_t kFewRows = 4;
+  if (rows <= kFewRows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      Float4 sum{sums[0][i], sums[1][i], sums[2][i], sums[3][i]};
+      for (int64_t j = 0; j < count; ++j) sum += residual[j][i] * weight[j];
+      for (int n = 0; n < kTileN; ++n) sums[n][i] = sum[n];
+    }
+    return;
+  }
+  Panel sum[kTileN] = {sums[0], sums[1], sums[2], sums[3]};
+  for (int64_t j = 0; j < count; ++j) {
+    for (int n = 0; n < kTileN; ++n) sum[n] += residual[j] * weight[j][n];
+  }
+  for (int n = 0; n < kTileN; ++n) sums[n] = sum[n];
+}
+
+// outliers[m][n] = Σ_j residual[m, j] · weight[n, columns[j]]
 void add_outliers(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, ColumnTile& tile) {
   constexpr int64_t kChunk = 256;
-  float weight[kChunk][kTileN];
-  const int64_t first_panel = m_begin / kPanelRows;
+  Float4 weight[kChunk];
   const int64_t panels = (m_end - m_begin + kPanelRows - 1) / kPanelRows;
-  for (int n = 0; n < kTileN; ++n) {
-    for (int64_t p = 0; p < panels; ++p) tile.outliers[n][p] = Panel{};
+  const Panel* residual =
+      reinterpret_cast<const Panel*>(job.residual) + m_begin / kPanelRows * job.outlier_count;
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int n = 0; n < kTileN; ++n) tile.outliers[p][n] = Panel{};
   }
   for (int64_t begin = 0; begin < job.outlier_count; begin += kChunk) {
     const int64_t count = std::min(kChunk, job.outlier_count - begin);
     for (int64_t j = 0; j < count; ++j) {
-      for (int n = 0; n < kTileN; ++n) {
-        weight[j][n] = static_cast<float>(tile.rows[n][job.outlier_columns[begin + j]]);
-      }
+      const int32_t column = job.outlier_columns[begin + j];
+      const Int4 picked{tile.rows[0][column], tile.rows[1][column], tile.rows[2][column],
+                        tile.rows[3][column]};
+      weight[j] = __builtin_convertvector(picked, Float4);
     }
     for (int64_t p = 0; p < panels; ++p) {
-      const Panel* residual = reinterpret_cast<const Panel*>(job.residual) +
-                              (first_panel + p) * job.outlier_count + begin;
-      Panel sums[kTileN];
-      for (int n = 0; n < kTileN; ++n) sums[n] = tile.outliers[n][p];
-      for (int64_t j = 0; j < count; ++j) {
-        for (int n = 0; n < kTileN; ++n) sums[n] += residual[j] * weight[j][n];
-      }
-      for (int n = 0; n < kTileN; ++n) tile.outliers[n][p] = sums[n];
+      add_panel(residual + p * job.outlier_count + begin, weight, count,
+                m_end - m_begin - p * kPanelRows, tile.outliers[p]);
     }
   }
 }
@@ -122,7 +139,7 @@ void store_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const Co
     Float4 value = __builtin_convertvector(sum, Float4) * scale[i * scale_stride];
     if (outliers) {
       for (int j = 0; j < kTileN; ++j) {
-        value[j] += tile.outliers[j][i / kPanelRows][i % kPanelRows];
+        value[j] += tile.outliers[i / kPanelRows][j][i % kPanelRows];
       }
     }
     store_four(y, kDtype, at, count, value * weight_scale + bias);
