@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/element.h"
 #include "cpu/int4_kernels.h"
@@ -11,6 +12,13 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+
+inline float sum_of_lanes(const FloatLanes& lanes) {
+  Float4 quarters[4];
+  std::memcpy(quarters, &lanes, sizeof(lanes));
+  const Float4 four = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
 
 // sums[i][j] += Σ_k a[i·a_stride + k] · b[j·b_stride + k]
 template <int kM, int kN>
@@ -28,10 +36,9 @@ void add_dots(const float* a, int64_t a_stride, const float* b, int64_t b_stride
   }
   for (int i = 0; i < kM; ++i) {
     for (int j = 0; j < kN; ++j) {
-      float sum = 0.0f;
-      for (int64_t l = k; l < count; ++l) sum += a[i * a_stride + l] * b[j * b_stride + l];
-      for (int64_t l = 0; l < kLanes; ++l) sum += lanes[i][j][l];
-      sums[i][j] += sum;
+      float rest = 0.0f;
+      for (int64_t l = k; l < count; ++l) rest += a[i * a_stride + l] * b[j * b_stride + l];
+      sums[i][j] += sum_of_lanes(lanes[i][j]) + rest;
     }
   }
 }

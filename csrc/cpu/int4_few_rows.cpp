@@ -32,7 +32,7 @@ constexpr int kTileN = 4;
 // Weight rows between those that are multiplied and those that are fetched.
 constexpr int64_t kAhead = 16;
 
-// kTileN columns of y. Segment scales have room for a register read from any of them.
+// kTileN columns of y. Segments have room for a register read from any of them.
 struct ColumnTile {
   int64_t begin;
   int count;                     // of columns that exist
@@ -83,6 +83,7 @@ void load_parameters(const Int4DigitJob& job, ColumnTile& tile) {
       spread(job, tile.groups, zeros);
     }
     for (int64_t s = 0; s < job.segment_count(); ++s) zeros[s] *= scales[s];
+    std::fill_n(zeros + job.segment_count(), kWords, 0.0f);
     load_extra(job.epilogue, n, tile.extra + j * job.epilogue.extras());
   }
 }
@@ -102,6 +103,19 @@ void multiply_words(const Int4DigitJob& job, int64_t m, const ColumnTile& tile,
   for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kTileN; ++j) acc[i][j] = broadcast(0.0f);
+  }
+  // Σ (q - zero)·x = Σ q·x - zero·Σ x, here the second sum.
+  const float* sums_of_x = job.statistics + m * job.statistics_per_row() + job.segment_count();
+  for (int64_t s = 0; s < job.segment_count(); s += kWords) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kM; ++i) {
+      const Lanes x = load_lanes(sums_of_x + i * job.statistics_per_row() + s);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileN; ++j) {
+        const Lanes zeros = load_lanes(tile.zeros + j * tile.stride + s);
+        acc[i][j] = negative_multiply_add(zeros, x, acc[i][j]);
+      }
+    }
   }
   const auto step = [&](int64_t block, int64_t half, auto load) __attribute__((always_inline)) {
     const int64_t word = block * kBlockWords + half;
@@ -165,7 +179,11 @@ void multiply_tile(const Int4DigitJob& job, int64_t m, const ColumnTile& tile) {
     }
   }
   const int64_t extras = job.epilogue.extras();
-  float sums[kM][kTileN], dense[kM][kTileN] = {}, of_zeros[kM][kTileN] = {};
+  float sums[kM][kTileN], dense[kM][kTileN] = {};
+  if (extras > 0) {
+    add_dots<kM, kTileN>(job.epilogue.extra + m * extras, extras, tile.extra, extras, extras,
+                         dense);
+  }
   with_planes(job.planes, [&]<int kPlanes>() {
     if (job.segment_count() == job.blocks) {
       multiply_words<kM, kPlanes, true>(job, m, tile, sums);
@@ -173,17 +191,13 @@ void multiply_tile(const Int4DigitJob& job, int64_t m, const ColumnTile& tile) {
       multiply_words<kM, kPlanes, false>(job, m, tile, sums);
     }
   });
-  // Σ (q - zero)·x = Σ q·x - zero·Σ x
-  add_dots<kM, kTileN>(statistics + segments, stride, tile.zeros, tile.stride, segments, of_zeros);
-  add_dots<kM, kTileN>(job.epilogue.extra + m * extras, extras, tile.extra, extras, extras, dense);
   const Float4 bias = load_bias(job.epilogue, tile.begin, tile.count);
   for (int i = 0; i < kM; ++i) {
-    Float4 y, zeros, terms;
+    Float4 y, terms;
     std::memcpy(&y, sums[i], sizeof(y));
-    std::memcpy(&zeros, of_zeros[i], sizeof(zeros));
     std::memcpy(&terms, dense[i], sizeof(terms));
     store_four(job.epilogue.y, job.epilogue.y_dtype, (m + i) * job.weight.n + tile.begin,
-               tile.count, y - zeros + terms + bias);
+               tile.count, y + terms + bias);
   }
 }
 
@@ -225,6 +239,7 @@ void prepare(const Int4DigitJob& job, float* values, int64_t begin, int64_t end)
     for (int64_t m = begin; m < end; ++m) {
       float* statistics = job.statistics + m * job.statistics_per_row();
       float* sums_of = statistics + job.segment_count();
+      std::fill_n(sums_of + job.segment_count(), kStatisticsPad, 0.0f);
       const auto store = [&](int64_t segment, float scale, const TermSums& sums) {
         statistics[segment] = scale;
         sums_of[segment] = scale * (sums.high + 0x1p-16f * sums.low);

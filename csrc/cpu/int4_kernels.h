@@ -73,6 +73,9 @@ struct Int4Segment {
   int32_t group;
 };
 
+// Behind the statistics of a row, so that a register can be read from any of them.
+constexpr int64_t kStatisticsPad = 16;
+
 // A product in integers: of the weight's nibbles and the activations' digits (int4_activations.h).
 struct Int4DigitJob {
   IntnWeight weight;
@@ -89,7 +92,7 @@ struct Int4DigitJob {
   int64_t terms() const { return (planes + 1) / 2; }
   int64_t segment_count() const { return block_segments[blocks]; }
   int64_t digits_per_row() const { return blocks * planes * kBlockWords * 2; }
-  int64_t statistics_per_row() const { return segment_count() * (1 + terms()); }
+  int64_t statistics_per_row() const { return segment_count() * (1 + terms()) + kStatisticsPad; }
 };
 
 constexpr int64_t kTileRows = 16;

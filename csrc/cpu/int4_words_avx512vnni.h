@@ -20,7 +20,9 @@ struct Nibbles {
 };
 
 inline Lanes broadcast(float x) { return _mm512_set1_ps(x); }
+inline Lanes load_lanes(const float* x) { return _mm512_loadu_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline Lanes negative_multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fnmadd_ps(a, b, c); }
 inline Lanes to_float(IntLanes x) { return _mm512_cvtepi32_ps(x); }
 
 inline float sum_of(Lanes x) {
