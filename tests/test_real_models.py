@@ -105,14 +105,14 @@ def test_llm_int8_keeps_glassllm(dtype):
     assert error < 0.005
 
 
+WINDOWS = 12
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[nn.Module, torch.Tensor, Perplexity]:
     model, tokenizer = load_model("smollm2-135m")
     ids = torch.tensor(tokenizer(load_text("wikipedia"), verbose=False).input_ids)
     return model, ids, perplexity(model, ids, windows=WINDOWS)
-
-
-WINDOWS = 12
 
 
 @needs_smollm2
@@ -122,6 +122,25 @@ def test_smollm2_has_its_known_perplexity(smollm2):
     """A wrong dequantization, rotary layout or tokenizer shows here first."""
     _, _, base = smollm2
     assert base.perplexity == pytest.approx(22.18, rel=0.005)
+
+
+@needs_smollm2
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "least", "most"),
+    [
+        (NAIVE, 1.5, 4.0),
+        (pumice.LLMInt8(threshold=6.0), 0.98, 1.03),
+        (pumice.LLMInt8(threshold=4.0), 0.98, 1.02),  # what transformers advises for small models
+    ],
+    ids=["naive", "threshold 6", "threshold 4"],
+)
+def test_smollm2_shows_what_the_paper_is_about(smollm2, recipe, least, most):
+    model, ids, base = smollm2
+    compressed = perplexity(pumice.compress(model, recipe), ids, windows=WINDOWS)
+    ratio, _ = compressed.relative_to(base)
+    assert least <= ratio <= most
 
 
 @needs_smollm2
