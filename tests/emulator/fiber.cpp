@@ -32,7 +32,7 @@ const StackArena& stack_arena() {
   return arena;
 }
 
-#if defined(__x86_64__)
+#ifdef PUMICE_EMULATOR_ASSEMBLY
 
 // swapcontext() saves the signal mask by a system call, which would be most of the emulator's time.
 // A call needs to keep only the registers that the System V ABI makes the callee's.

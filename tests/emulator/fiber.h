@@ -4,7 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#if !defined(__x86_64__)
+// Elsewhere, and where the other way is to be tried here, the C library's contexts.
+#if defined(__x86_64__) && !defined(PUMICE_EMULATOR_UCONTEXT)
+#define PUMICE_EMULATOR_ASSEMBLY 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -12,7 +15,7 @@ namespace pumice::emulator {
 
 // A suspended computation. The one that is running has no meaning stored here.
 struct Fiber {
-#if defined(__x86_64__)
+#ifdef PUMICE_EMULATOR_ASSEMBLY
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
@@ -31,11 +34,11 @@ struct StackArena {
 };
 const StackArena& stack_arena();
 
-// Makes `fiber` begin at entry() on stack number `index` when it is first resumed; entry must not
-// return.
+// Makes `fiber` begin at entry() on stack number `index` when it is first switched to; entry must
+// not return.
 void prepare(Fiber& fiber, size_t index, void (*entry)());
 
-// Stops here, which resume(other, from) continues, and goes on where `to` stopped.
+// Goes on where `to` stopped, and returns once another switch goes to `from`.
 void switch_fiber(Fiber& from, Fiber& to);
 
 }  // namespace pumice::emulator
