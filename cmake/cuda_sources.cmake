@@ -6,4 +6,8 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/gemm/int8_gemm.cu
   csrc/cuda/gemm/int8_small_m.cu
   csrc/cuda/gemm/ops_int8.cu
+  csrc/cuda/gemm/int4_prepare.cu
+  csrc/cuda/gemm/int4_gemm_fp16.cu
+  csrc/cuda/gemm/int4_gemm_bf16.cu
+  csrc/cuda/gemm/int4_gemm_fp32.cu
   csrc/cuda/gemm/ops_int4.cu)

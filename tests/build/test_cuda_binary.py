@@ -13,6 +13,8 @@ EXPECTED = {
     "int8_gemm": ["IMMA.16832.S8.S8", "HMMA.16816.F32", "LDGSTS", "LDSM"],
     "int8_small_m": ["HMMA.16816.F32"],
     "int4_weight": ["I2F", "STG.E.128"],
+    "int4_prepare": ["SHFL.BFLY"],
+    "int4_gemm": ["HMMA.16816.F32", "HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"],
 }
 
 

@@ -14,7 +14,7 @@ constexpr int kInt4ChunkK = 32;  // values of K of one ldmatrix row, and of two 
 // One block's tile of y, seen as [rows of the weight][tokens], how its warps cut it, and along K.
 // kPlanes: 16-bit planes of x, 2 for fp32.
 template <int kTileRows, int kTileTokens, int kWarpsAlongRows, int kWarpsAlongTokens,
-          int kWarpsAlongK, int kResident, int kPlanesOfX = 1>
+          int kWarpsAlongK, int kPipeline, int kResident, int kPlanesOfX = 1>
 struct Int4Tile {
   static constexpr int kRows = kTileRows;
   static constexpr int kTokens = kTileTokens;
@@ -43,9 +43,7 @@ struct Int4Tile {
   static constexpr int kZeroOffset = kScaleOffset + 4 * kTerms;
   static constexpr int kStageBytes = kZeroOffset + kTerms;
 
-  // As deep as two blocks fit the 227 KB of a Hopper, or one the 163 KB of an Ampere.
-  static constexpr int kStages =
-      std::min(4, (kBlocksPerSm == 2 ? 113 * 1024 : 162 * 1024) / kStageBytes);
+  static constexpr int kStages = kPipeline;
 
   // The sums of a tile take the place of the stages: [warp of K][token][row], 4 words of padding so
   // that the 4 token pairs and 8 rows that a warp stores at once lie in different banks.
@@ -59,24 +57,29 @@ struct Int4Tile {
 };
 
 // Up to 32 tokens the time is that of reading the weights. Two row tiles a warp halve what its
-// fragments of x take of shared memory: at 32 tokens 76 of 128 bytes a clock; 64 rows fill 128 SMs
-// at N = 8192; four warps along K make a slice long enough (256 bytes of each row) that one barrier
-// a slice does not show. Weights under way on an SM: 2 blocks · 2 stages · 16 KB.
-using Int4Tile8 = Int4Tile<64, 8, 2, 1, 4, 2>;
-using Int4Tile16 = Int4Tile<64, 16, 2, 1, 4, 2>;
-using Int4Tile32 = Int4Tile<64, 32, 2, 1, 4, 1>;
-// 84 KB: two blocks on an SM, so that one multiplies while the other waits, and fits the 99 KB of
-// sm_86 and sm_89.
-using Int4Tile64 = Int4Tile<128, 64, 4, 2, 1, 2>;
-// Fewest bytes from L2 for each product: 128 × 128 outputs for 40 KB of operands.
-using Int4Tile128 = Int4Tile<128, 128, 4, 2, 1, 1>;
-// fp32 x: two planes.
-using Int4SplitTile8 = Int4Tile<64, 8, 2, 1, 4, 2, 2>;
-using Int4SplitTile64 = Int4Tile<128, 64, 4, 2, 1, 1, 2>;
+// fragments of x take of shared memory: at 32 tokens 76 of 128 bytes a clock. 64 rows fill 128 SMs
+// at N = 8192. Four warps along K make a slice of 256 bytes of each row, so long that its barrier
+// does not show. 87 KB; weights under way on an SM: 2 blocks · 2 stages · 16 KB.
+using Int4Tile8 = Int4Tile<64, 8, 2, 1, 4, 3, 2>;
+using Int4Tile16 = Int4Tile<64, 16, 2, 1, 4, 3, 2>;  // 111 KB, two of which a Hopper has
+using Int4Tile32 = Int4Tile<64, 32, 2, 1, 4, 3, 1>;  // 159 KB
+// Here the issue slots are the limit: no two warps widen the same weights, as they would with warps
+// side by side along the tokens. 159 KB
+using Int4Tile64 = Int4Tile<128, 64, 4, 1, 2, 3, 1>;
+// 128 KB. Fewest bytes from L2 for each product: 40 KB of operands for 128 × 128 × 128.
+using Int4Tile128 = Int4Tile<128, 128, 4, 2, 1, 3, 1>;
+// 80 KB, for the 99 KB of sm_86 and sm_89, and for the general path.
+using Int4TileCompact = Int4Tile<128, 64, 4, 2, 1, 3, 1>;
+// fp32 x: two planes. 74 and 128 KB.
+using Int4SplitTile8 = Int4Tile<64, 8, 2, 1, 4, 2, 2, 2>;
+using Int4SplitTileCompact = Int4Tile<128, 64, 4, 2, 1, 3, 1, 2>;
+
+enum class Int4TileName { k8, k16, k32, k64, k128, kCompact };
 
 struct Int4Plan {
+  Int4TileName tile;
   int rows, tokens, slice_k;
-  int parts;
+  int parts;  // of K, each of a block of its own
 };
 
 constexpr int64_t int4_blocks_along(int64_t size, int block) { return (size + block - 1) / block; }
@@ -85,25 +88,32 @@ constexpr int64_t int4_tile_count(const Int4Plan& plan, int64_t m, int64_t n) {
   return int4_blocks_along(m, plan.tokens) * int4_blocks_along(n, plan.rows);
 }
 
-// The tile for m tokens. `few_tiles`: fp32 x or the general path, which have two shapes only.
-constexpr Int4Plan choose_int4_tile(int64_t m, bool few_tiles, size_t shared_memory_limit) {
-  const auto plan_of = []<class Tile>(Tile) {
-    return Int4Plan{Tile::kRows, Tile::kTokens, Tile::kSliceK, 1};
-  };
-  if (m <= 8) return plan_of(Int4Tile8{});
-  if (few_tiles) return plan_of(Int4Tile64{});
-  if (m <= 16 && Int4Tile16::kSharedBytes <= shared_memory_limit) return plan_of(Int4Tile16{});
-  if (m <= 32 && Int4Tile32::kSharedBytes <= shared_memory_limit) return plan_of(Int4Tile32{});
-  if (m <= 64 || Int4Tile128::kSharedBytes > shared_memory_limit) return plan_of(Int4Tile64{});
-  return plan_of(Int4Tile128{});
+template <class Tile>
+constexpr Int4Plan int4_plan_of(Int4TileName name) {
+  return {name, Tile::kRows, Tile::kTokens, Tile::kSliceK, 1};
+}
+
+// The tile for m tokens; the first fits every GPU from sm_80 on. fp32 x and the general path have
+// two shapes only.
+constexpr Int4Plan choose_int4_tile(int64_t m, bool is_fp32, bool general,
+                                    size_t shared_memory_limit) {
+  constexpr Int4Plan k8 = int4_plan_of<Int4Tile8>(Int4TileName::k8);
+  constexpr Int4Plan kCompact = int4_plan_of<Int4TileCompact>(Int4TileName::kCompact);
+  if (m <= 8) return k8;
+  if (is_fp32) return Int4SplitTileCompact::kSharedBytes <= shared_memory_limit ? kCompact : k8;
+  if (general || Int4Tile32::kSharedBytes > shared_memory_limit) return kCompact;
+  if (m <= 16) return int4_plan_of<Int4Tile16>(Int4TileName::k16);
+  if (m <= 32) return int4_plan_of<Int4Tile32>(Int4TileName::k32);
+  if (m <= 64) return int4_plan_of<Int4Tile64>(Int4TileName::k64);
+  return int4_plan_of<Int4Tile128>(Int4TileName::k128);
 }
 
 // Splits K where there are tiles for less than three quarters of the SMs, as long as every part has
 // 4 slices: the exchange of the sums and the zeroing of tickets cost some 3 µs.
-constexpr Int4Plan plan_int4(int64_t m, int64_t n, int64_t k, bool few_tiles, int sm_count,
-                             size_t shared_memory_limit) {
+constexpr Int4Plan plan_int4(int64_t m, int64_t n, int64_t k, bool is_fp32, bool general,
+                             int sm_count, size_t shared_memory_limit) {
   constexpr int64_t kMaxParts = 16, kMinSlices = 4;
-  Int4Plan plan = choose_int4_tile(m, few_tiles, shared_memory_limit);
+  Int4Plan plan = choose_int4_tile(m, is_fp32, general, shared_memory_limit);
   const int64_t tiles = int4_tile_count(plan, m, n);
   if (4 * tiles >= 3 * sm_count) return plan;
   const int64_t slices = int4_blocks_along(k, plan.slice_k);
