@@ -84,7 +84,7 @@ def verdict(rows: Rows) -> list[tuple[str, bool]]:
             naive >= NAIVE_IS_WORSE_BY,
         ),
         (
-            f"LLM.int8() keeps the model: perplexity {mixed - 1:+.2%} ± {mixed_error:.2%} "
+            f"{LLM_INT8.label}, keeps the model: perplexity {mixed - 1:+.2%} ± {mixed_error:.2%} "
             f"(within {LLM_INT8_IS_WITHIN:.0%})",
             abs(mixed - 1) <= LLM_INT8_IS_WITHIN,
         ),

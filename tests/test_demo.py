@@ -100,7 +100,7 @@ def test_the_demo_from_end_to_end(tiny, capsys):
     assert demo.main() == 1
     printed = capsys.readouterr()
     assert "NO   naive int8 falls apart" in printed.out
-    assert "yes  LLM.int8() keeps the model" in printed.out
+    assert f"yes  {LLM_INT8.label}, keeps the model" in printed.out
     assert all(method.label in printed.out for method in METHODS)
     assert "2 × down_proj" in printed.out
     assert "perplexity: uncompressed" in printed.err  # the progress bars

@@ -132,7 +132,7 @@ def test_smollm2_has_its_known_perplexity(smollm2):
     [
         (NAIVE, 1.5, 4.0),
         (pumice.LLMInt8(threshold=6.0), 0.98, 1.03),
-        (pumice.LLMInt8(threshold=4.0), 0.98, 1.02),  # what transformers advises for small models
+        (pumice.LLMInt8(threshold=4.0), 0.98, 1.02),
     ],
     ids=["naive", "threshold 6", "threshold 4"],
 )

@@ -93,7 +93,7 @@ def report_table(report: Report, title: str) -> Table:
     if outliers:
         table.add_column("outlier columns", justify="right")
     if measured:
-        table.add_column("largest output error", justify="right")
+        table.add_column("largest error", justify="right", no_wrap=True)
     for group in groups(report):
         shapes = {(layer.in_features, layer.out_features) for layer in group.layers}
         before = sum(layer.bytes_before for layer in group.layers) / 1e6
