@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -125,6 +125,14 @@ class Block:
         assert isinstance(layer, CompressedLinear)
         with torch.no_grad():
             linear.weight.copy_(layer.dequantize(linear.weight.dtype))
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Errors from within name the layer."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {self.full_name(name)!r}: {error}") from error
 
     def touch(self, *names: str) -> None:
         """Hand over modules of the working copy that were changed in place, such as a norm.

@@ -56,7 +56,6 @@ class Journal:
         ours = {
             "format": "pumice-run",
             "blocks": list(blocks),
-            "samples": len(inputs),
             **json.loads(json.dumps(fingerprint)),
         }
         calibration = _digest(inputs)

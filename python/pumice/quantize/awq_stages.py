@@ -38,6 +38,8 @@ class ScaleStage(Stage):
         shared = block.collect(lambda _, linear: MeanAbs(linear.in_features, block.device))
         chosen: list[tuple[Fold, Tensor]] = []
         for group in shared:
+            with block.naming(group.names[0]):
+                _check_inputs(group.statistic.value)
             fold = self._folds.find(block, group.names)
             if fold is not None:
                 chosen.append((fold, self.search(block, group, fold)))
@@ -49,11 +51,6 @@ class ScaleStage(Stage):
     def search(self, block: Block, group: SharedInput[MeanAbs], fold: Fold) -> Tensor:
         """The best scale, fp32, one for each output of the fold's producer."""
         mean = group.statistic.value
-        if not bool(mean.isfinite().all()):
-            raise ValueError(
-                f"layer {block.full_name(group.names[0])!r}: its calibration inputs hold NaN or "
-                "infinite values"
-            )
         calls = _record_calls(block, _common_module(group.names), self._tokens)
         candidates = [scale_of(fold.tied(mean), step / self._steps) for step in range(self._steps)]
         losses = torch.zeros(len(candidates), dtype=torch.float64)
@@ -93,10 +90,17 @@ class ClipStage(Stage):
 
         for group in block.collect(make):
             hessian = group.statistic.value
+            with block.naming(group.names[0]):
+                _check_inputs(hessian)
             for name in group.names:
                 if name.rpartition(".")[2] not in _QUERY_OR_KEY:
                     weight = block.layers[name].weight
                     weight.copy_(clip(weight.float(), hessian, self._rounding, self._group_size))
+
+
+def _check_inputs(statistic: Tensor) -> None:
+    if not bool(statistic.isfinite().all()):
+        raise ValueError("its calibration inputs hold NaN or infinite values")
 
 
 def scale_of(mean_abs: Tensor, alpha: float) -> Tensor:

@@ -83,7 +83,11 @@ class GPTQStage(Stage):
             warn_of_little_data(group.statistic.tokens, block, names)
             # Rows are independent: layers of one input are rows of one matrix, factored once.
             linears = [block.layers[name] for name in names]
-            weight = torch.cat([check_finite(linear) for linear in linears])
+            weights = []
+            for name, linear in zip(names, linears, strict=True):
+                with block.naming(name):
+                    weights.append(check_finite(linear))
+            weight = torch.cat(weights)
             grid = Grid(
                 recipe.bits, recipe.symmetric, recipe.mse, scale_dtype_for(weight, recipe.bits)
             )

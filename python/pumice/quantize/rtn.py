@@ -55,7 +55,9 @@ class RoundStage(Stage):
 
     def process(self, block: Block) -> None:
         for name, linear in block.layers.items():
-            block.replace(name, self._recipe.compress_linear(linear))
+            with block.naming(name):
+                layer = self._recipe.compress_linear(linear)
+            block.replace(name, layer)
 
 
 def round_linear(
