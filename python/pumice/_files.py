@@ -77,6 +77,8 @@ def _is_generated(name: str) -> bool:
         "pumice.json",
         "config.json",
         "generation_config.json",
+        "quantize_config.json",  # settings of weights that other libraries quantized
+        "quant_config.json",
     )
 
 

@@ -15,6 +15,7 @@ from pumice.integrations.formats import compressed_tensors as ct
 from pumice.nn import Int4Linear, Int8Linear
 
 transformers = pytest.importorskip("transformers", reason="pumice[hf] is not installed")
+from tiny_llama import make_tokenizer as byte_tokenizer  # noqa: E402 (needs transformers)
 
 IDS = torch.arange(18).reshape(2, 9)
 
@@ -31,6 +32,12 @@ def llama() -> nn.Module:
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def make_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = "a", "b"
+    return tokenizer
 
 
 @torch.no_grad()
@@ -251,6 +258,62 @@ def test_gptqmodel_opens_ours(torch_linear, bits, act_order):
     layer.post_init()
     dense = layer.dequantize_weight().T.float()
     torch.testing.assert_close(dense, packed.dequantize(), rtol=1e-3, atol=1e-4)
+
+
+def same_weights_as_gptqmodel(model: nn.Module, theirs: nn.Module) -> None:
+    """theirs: dequantized to float16, which is what rtol allows for."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        dense = theirs.get_submodule(name).dequantize_weight().T.float()
+        torch.testing.assert_close(layer.dequantize(), dense, rtol=1e-3, atol=1e-5)
+    reference = logits(theirs).float()
+    assert (logits(model).float() - reference).norm() < 0.02 * reference.norm()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sym": True, "desc_act": True, "act_group_aware": False},
+        {"sym": False, "desc_act": False},
+        {"sym": False, "desc_act": False, "format": "gptq_v2"},
+    ],
+    ids=["act-order", "asymmetric", "version 2"],
+)
+def test_a_model_that_gptqmodel_quantized(torch_linear, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # its default is too few where there are 2
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    llama().half().save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    config = QuantizeConfig(bits=4, group_size=32, **settings)
+    quantizer = GPTQModel.load(str(tmp_path / "source"), config, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(0, 97, (8, 300), generator=generator).tolist()
+    quantizer.quantize(
+        [{"input_ids": ids, "attention_mask": [1] * 300} for ids in samples], batch_size=1
+    )
+    quantizer.save(str(tmp_path / "m"))
+    model = pumice.load(tmp_path / "m")
+    permuted = [m.permuted for m in model.modules() if isinstance(m, Int4Linear)]
+    assert any(permuted) == settings["desc_act"]
+    theirs = GPTQModel.load(
+        str(tmp_path / "m"), device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH
+    )
+    same_weights_as_gptqmodel(model, theirs.model)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
+def test_gptqmodel_opens_our_models(torch_linear, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = pumice.compress(llama(), pumice.RTN(group_size=32, symmetric=name == "gptq"))
+    pumice.save(model, tmp_path / "m", format=name, tokenizer=make_tokenizer())
+    backend = BACKEND.AWQ_TORCH if name == "awq" else BACKEND.GPTQ_TORCH
+    theirs = GPTQModel.load(str(tmp_path / "m"), device="cpu", dtype=torch.float16, backend=backend)
+    reference = logits(model)
+    assert (logits(theirs.model).float() - reference).norm() < 0.005 * reference.norm()
 
 
 # ---- AutoAWQ
