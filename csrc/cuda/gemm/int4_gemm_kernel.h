@@ -104,8 +104,8 @@ class Int4Warp {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const unsigned char* zeros = stage + Tile::kZeroOffset + first_term + r * 16;
-      const uint32_t pairs[2] = {zero_pair<T>(zeros[0]), zero_pair<T>(zeros[8])};
-      int4_operands<T>(words[2 * r], words[2 * r + 1], pairs, a[r]);
+      int4_operands<T>(words[2 * r], words[2 * r + 1], zero_pairs<T>(zeros[0]),
+                       zero_pairs<T>(zeros[8]), a[r]);
     }
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
