@@ -42,6 +42,16 @@ class Int4Case:
     def groups(self) -> int:
         return 1 if self.group_size == -1 else -(-self.k // self.group_size)
 
+    @property
+    def is_general_on_cuda(self) -> bool:
+        """CUDA multiplies integers only where 32 columns have one zero point below 2^bits."""
+        return (
+            self.bits != 4
+            or self.order in ("g_idx", "both")
+            or self.zeros == "float"
+            or (self.group_size != -1 and self.group_size % 32 != 0)
+        )
+
     def tensors(self) -> dict[str, Any]:
         """The arguments of int4_linear; q beside them, unpacked."""
         g = torch.Generator().manual_seed(self.seed)
@@ -133,12 +143,20 @@ def int8_rounded(x: Tensor, left_out: Tensor) -> Array:
     return out
 
 
-def linear(case: Int4Case, tensors: dict[str, Any]) -> tuple[Array, Array, Array]:
-    """int4_linear in float64: y, the magnitude of its terms, and that of errors of x.
+@dataclass(frozen=True)
+class Exact:
+    """int4_linear in float64, and what errors of it are measured by, all [M, N]."""
 
-    The last is Σ_k (largest |x| of the 128 around k) · |W|: fixed-point activations are wrong by a
-    share of it.
-    """
+    y: Array
+    magnitude: Array  # of all terms added
+    products: Array  # Σ_k |x| · |W|: rounded weights are wrong by a share of it
+    coarse: Array  # the same with the largest |x| of each 128: fixed-point activations
+
+    def assert_close(self, y: Tensor, extra: float = 2.0**-14) -> None:
+        reference.assert_rounded(y, self.y, self.magnitude, extra=extra)
+
+
+def linear(case: Int4Case, tensors: dict[str, Any]) -> Exact:
     x, perm, outlier_idx = tensors["x"], tensors["perm"], tensors["outlier_idx"]
     seen = x if perm is None else x[:, perm.long()]
     weight, magnitude = dequantize(case, tensors)
@@ -152,6 +170,7 @@ def linear(case: Int4Case, tensors: dict[str, Any]) -> tuple[Array, Array, Array
     size = np.abs(values) @ magnitude.T
     padded = np.pad(np.abs(values), ((0, 0), (0, -case.k % 128)))
     largest = padded.reshape(case.m, -1, 128).max(axis=2).repeat(128, axis=1)[:, : case.k]
+    products = np.abs(values) @ np.abs(weight).T
     coarse = largest @ np.abs(weight).T
     terms = []
     if outlier_idx is not None:
@@ -166,7 +185,7 @@ def linear(case: Int4Case, tensors: dict[str, Any]) -> tuple[Array, Array, Array
     if tensors["bias"] is not None:
         y = y + reference.as_float64(tensors["bias"])
         size = size + np.abs(reference.as_float64(tensors["bias"]))
-    return y, size, coarse
+    return Exact(y, size, products, coarse)
 
 
 def check(backend: Backend, case: Int4Case) -> Tensor:
@@ -175,14 +194,16 @@ def check(backend: Backend, case: Int4Case) -> Tensor:
     y = case.run(backend, tensors)
     assert (y.dtype, y.shape) == (case.dtype, (case.m, case.n))
     assert y.is_contiguous()
-    exact, magnitude, coarse = linear(case, tensors)
-    errors = 2.0**-20 * magnitude
-    if backend.name != "cpu":
-        if case.dtype == torch.float32:
-            errors = errors + 2.0**-15 * magnitude  # x as two bfloat16
-    elif not case.int8_activation and case.dtype != torch.float32:
-        errors = errors + 2.0**-15 * coarse  # x in 15 bits
-    reference.assert_rounded(y, exact, errors, extra=1.0)
+    exact = linear(case, tensors)
+    errors = 2.0**-20 * exact.magnitude
+    if backend.name == "cpu":
+        if not case.int8_activation and case.dtype != torch.float32:
+            errors = errors + 2.0**-15 * exact.coarse  # x in 15 bits
+    elif case.dtype == torch.float32:
+        errors = errors + 2.0**-15 * exact.magnitude  # x, and in the general way W, as two bfloat16
+    elif case.is_general_on_cuda:
+        errors = errors + reference.ROUNDING[case.dtype] * exact.products  # W in the dtype of x
+    reference.assert_rounded(y, exact.y, errors, extra=1.0)
     return y
 
 
