@@ -120,11 +120,13 @@ class Block:
         self.use(name)
 
     def use(self, name: str) -> None:
-        """Give the working copy the weight that the replacement of that name now has."""
+        """Give the working copy the weight and bias that the replacement of that name has."""
         layer, linear = self.replacements[name], self.layers[name]
         assert isinstance(layer, CompressedLinear)
         with torch.no_grad():
             linear.weight.copy_(layer.dequantize(linear.weight.dtype))
+            if layer.bias is not None:
+                linear.bias.copy_(layer.bias)
 
     @contextmanager
     def naming(self, name: str) -> Iterator[None]:
