@@ -42,6 +42,40 @@ def guarded(tensor: Tensor, at_end: bool) -> Tensor:
     return copy.view(tensor.shape)
 
 
+def int4() -> None:
+    g = torch.Generator().manual_seed(1)
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    options = itertools.cycle(itertools.product((16, -1, 128), (4, 4, 4, 2, 3, 8), (0, 0, 1)))
+    sizes = ((1, 3, 9, 19), (1, 5, 17), (1, 15, 33, 64, 100, 128, 515))
+    for m, n, k in itertools.product(*sizes):
+        dtype = next(dtypes)
+        group_size, bits, unsorted_groups = next(options)
+        groups = 1 if group_size == -1 else -(-k // group_size)
+        q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
+        tensors = {
+            "x": torch.randn(m, k, generator=g).to(dtype),
+            "qweight": pumice.ops.int4_pack(q, bits),
+            "scales": torch.rand(n, groups, generator=g).to(dtype),
+            "zeros": torch.ones(n, groups, dtype=torch.uint8 if k % 2 else dtype),
+            "perm": torch.randperm(k, generator=g).int(),
+            "bias": torch.randn(n, generator=g),
+            "outlier_idx": torch.tensor([k - 1], dtype=torch.int32),
+            "outlier_weight": torch.rand(n, 1),
+            "lora_a": torch.rand(3, k),
+            "lora_b": torch.rand(n, 3),
+        }
+        if unsorted_groups:
+            tensors["g_idx"] = torch.randint(0, groups, (k,), dtype=torch.int32, generator=g)
+        for at_end in (False, True):
+            inputs = {name: guarded(tensor, at_end) for name, tensor in tensors.items()}
+            pumice.ops.int4_unpack(inputs["qweight"], k, bits)
+            pumice.ops.int4_pack(guarded(q, at_end), bits)
+            for int8_activation in (False, True):
+                pumice.ops.int4_linear(
+                    **inputs, group_size=group_size, bits=bits, int8_activation=int8_activation
+                )
+
+
 def main() -> None:
     if sys.argv[1:] == ["past-the-end"]:  # the fault this program is about
         ctypes.string_at(guarded(torch.zeros(5), at_end=True).data_ptr(), 21)
@@ -59,6 +93,7 @@ def main() -> None:
             pumice.ops.int8_quantize(xs, threshold=6.0, smooth=guarded(torch.rand(k), at_end))
             pumice.ops.int8_linear(qs, scale, *weight, out_dtype=dtype)
             pumice.ops.int8_mixed_linear(xs, *weight)
+    int4()
     print("done")
 
 
