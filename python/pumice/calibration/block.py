@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -205,14 +204,3 @@ class _Collector(Generic[S]):
         if self._mask is not None and x.shape[:-1] == self._mask.shape:
             return x.detach()[self._mask.to(x.device)]
         return x.detach().reshape(-1, x.shape[-1])
-
-
-def warn_of_little_data(tokens: int, block: Block, names: tuple[str, ...]) -> None:
-    """A Hessian of fewer tokens than features is singular: damping hides it, quality suffers."""
-    features = block.layers[names[0]].in_features
-    if tokens < features:
-        warnings.warn(
-            f"{block.full_name(names[0])}: {tokens} calibration tokens are fewer than its "
-            f"{features} input features; results will be better with at least as many",
-            stacklevel=2,
-        )

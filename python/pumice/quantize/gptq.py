@@ -6,18 +6,23 @@ Pre-trained Transformers", 2022. The solver is in :mod:`pumice.quantize.gptq_sol
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from pumice.calibration import Block, Hessian, Stage
-from pumice.calibration.block import warn_of_little_data
 from pumice.nn import Int4Linear
 from pumice.quantize.calibrated import CalibratedRecipe
 from pumice.quantize.gptq_solver import solve
 from pumice.quantize.grid import Grid, check_grid, scale_dtype_for
 from pumice.quantize.rtn import check_finite, round_linear
+
+# With less data GPTQ fits the sample. Output error on held-out text over that of rounding to nearest,
+# down_proj of SmolLM2-135M (K = 1536, 4 bit, groups of 64, damp 0.01): block 14, 2048 tokens 1.06,
+# 4096 tokens 0.92, 8192 tokens 0.86; block 3, 4096 tokens 1.13. With damp 1, block 14: 0.87, 0.86.
+_TOKENS_PER_FEATURE = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class GPTQ(CalibratedRecipe):
     Args:
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale: a multiple of 16, or -1 for the whole row.
-        damp: added to the diagonal of the Hessian, relative to its mean.
+        damp: added to the diagonal of the Hessian, relative to its mean. The paper's 0.01 is for
+            much calibration data (128 × 2048 tokens); with a few thousand tokens the Hessian's
+            small eigenvalues are noise, and 0.1 to 1 serves better.
         act_order: begin with the inputs of most energy. Nearly always better.
         static_groups: with ``act_order``, groups of neighbouring columns, on grids fitted
             beforehand; otherwise columns are grouped in the order they are visited, and stored
@@ -73,6 +80,7 @@ class GPTQStage(Stage):
 
     def __init__(self, recipe: GPTQ) -> None:
         self._recipe = recipe
+        self._warned = False
 
     def process(self, block: Block) -> None:
         recipe = self._recipe
@@ -80,7 +88,7 @@ class GPTQStage(Stage):
         while shared:
             group = shared.pop(0)  # its Hessian is freed when it is done
             names = group.names
-            warn_of_little_data(group.statistic.tokens, block, names)
+            self._check_tokens(group.statistic.tokens, block, names[0])
             # Rows are independent: layers of one input are rows of one matrix, factored once.
             linears = [block.layers[name] for name in names]
             weights = []
@@ -121,3 +129,15 @@ class GPTQStage(Stage):
                     perm=solution.perm,
                 )
                 block.replace(name, layer)
+
+    def _check_tokens(self, tokens: int, block: Block, name: str) -> None:
+        features = block.layers[name].in_features
+        if tokens < _TOKENS_PER_FEATURE * features and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"GPTQ: {tokens} calibration tokens are fewer than {_TOKENS_PER_FEATURE} times the "
+                f"{features} input features of {block.full_name(name)}: it may fit the sample "
+                "rather than the data it stands for, and end no better than RTN. Use more, or a "
+                "larger damp (0.1 to 1)",
+                stacklevel=2,
+            )
