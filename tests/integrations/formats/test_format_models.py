@@ -218,6 +218,29 @@ def test_layers_of_all_kinds_in_one_model(tmp_path):
         assert torch.equal(model[i](X), loaded[i](X))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_the_closest_target_counts(order):
+    """A layer's name before a pattern, a pattern before a class, wherever they stand."""
+    targets = {2: "1", 4: "re:0", 8: "Linear"}  # by bits
+    groups = [
+        {
+            "targets": [target],
+            "weights": {"num_bits": bits, "symmetric": True, "strategy": "group", "group_size": 16},
+        }
+        for bits, target in targets.items()
+    ]
+    config = packed_config()
+    config["config_groups"] = {f"group_{i}": groups[i] for i in order}
+    state = {}
+    for index, bits in enumerate([4, 2, 8]):
+        weight = make_weight(8, 16, bits, symmetric=True)
+        for name, tensor in packed_layer(weight, symmetric=True).items():
+            state[f"{index}.{name}"] = tensor
+    model = nn.Sequential(*(nn.Linear(16, 8, bias=False) for _ in range(3)))
+    model = pumice.load(state, model, quantization_config=config)
+    assert [layer.bits for layer in model] == [4, 2, 8]
+
+
 def test_a_static_activation_scale(tmp_path):
     layer = Int8Linear.from_linear(
         nn.Linear(32, 8), activations="per_tensor", activation_scale=0.02
