@@ -3,15 +3,16 @@
 // The int4 product of fp16 activations; int4_gemm_kernel.h has the kernel, int4_tiles.h its tiles.
 //
 // Floor at M ≤ 32, N = K = 8192, groups of 128: 33.5 MB of weights and 1 MB of scales at 4.3 TB/s,
-// 8.0 µs (bf16 weights 31.2 µs). Expected 70 % of that rate at M ≤ 16 (11.5 µs): 64 KB of weights
-// under way on an SM, where Little's law asks for 26 KB; widening takes 42 % of the issue slots,
-// filling and draining the ring 1 µs. At M = 32 x takes as many bytes from L2 as the weights do
-// from memory, twice over: some 16 µs.
+// 8.0 µs (bf16 weights 31.2 µs). Expected 60 % of that rate at M ≤ 16, 13 µs: at 75 % of the issue
+// slots taken (int4_gemm_kernel.h), which is what 16 warps on an SM reach; 64 KB of weights under
+// way on an SM, where Little's law asks for 26 KB. At M = 32 one block on an SM, and x takes twice
+// the bytes of the weights, from L2: some 18 µs.
 //
-// At M = N = K = 4096: 137 TFLOP = 139 µs at a Hopper's 989 TFLOPS; mma.sync reaches some 62 % of
-// that, and here each has 2.2 other instructions beside it (widening 1.4, of the 4 slots there are
-// for each): expected 35 %, 400 µs. From some hundred tokens on cuBLAS on dequantized weights would
-// be faster; int4_linear does not do that yet.
+// At M = N = K = 4096: 137 GFLOP = 139 µs at a Hopper's 989 TFLOPS. mma.sync reaches some 62 % of
+// that; here each comes with 6 other instructions (1 lop3, 1 prmt of x, 0.5 half2, 0.5 fma, ..), so
+// that issuing takes as long as multiplying: expected 35 %, 400 µs, where cuBLAS takes 195 µs with
+// bf16 weights. From some 300 tokens on, dequantizing the weight for one call (int4_dequantize, 13
+// µs here) and cuBLAS would be faster; int4_linear does not do that yet. None of this is measured.
 #include "cuda/gemm/int4_gemm_kernel.h"
 
 namespace pumice::cuda {

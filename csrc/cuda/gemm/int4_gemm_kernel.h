@@ -10,12 +10,15 @@
 //   warp's 128 values of K │ chunk 0 (2 mma) │ chunk 1 │ chunk 2 │ chunk 3 │  · scale, add
 //                             after each chunk, or after the fourth, where groups are that long
 //
-// Widening takes 11 instructions for a word (4 lop3, 3 shifts, 4 hsub2): 1.4 for a weight. Reading
-// weights at 4.3 TB/s, an SM has 3.4 issue slots of a lane for each; 42 % of them are taken.
+// Widening takes 9 instructions for a word of 8 weights in fp16 (4 lop3, a shift, 4 half2), 11 in
+// bf16. With fragments of x, addresses, scales and the filling of the ring that becomes some 4 for
+// a weight with 8 tokens (counted in the machine code, groups of 128). Reading weights at 4.3 TB/s,
+// an SM of an H200 has 3.4 issue slots of a lane for each: instructions are the limit, not memory,
+// from some 85 % of the bandwidth on.
 //
 // General path (other widths, g_idx, fractional zero points, groups of 16): each lane fetches and
 // dequantizes its 8 values by itself, rounds them to 16 bits (fp32: to two bf16) and multiplies. At
-// some 10 instructions a weight, and with loads that nothing hides, expect a third of the speed.
+// some 15 instructions a weight, and with loads that nothing hides, expect a fifth of the speed.
 //
 // At the end the warps' sums are added in shared memory in a fixed order. Where K is cut into
 // parts, blocks leave their sums in global memory, and the one that takes the last ticket of a tile
