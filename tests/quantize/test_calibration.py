@@ -191,6 +191,36 @@ def test_half_precision_models(dtype):
         assert (y - exact).float().norm() < 0.3 * exact.float().norm()
 
 
+def test_mode_and_gradient_flags_are_kept():
+    model = build("llama").train()
+    model.model.layers[1].eval()
+    model.model.layers[0].input_layernorm.weight.requires_grad_(False)
+    result = pumice.compress(model, pumice.AWQ(4, 32, grid=3), samples(2))
+    for name, module in model.named_modules():
+        assert result.get_submodule(name).training == module.training
+    for name, parameter in result.named_parameters():
+        assert parameter.requires_grad == model.get_parameter(name).requires_grad
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x += self.up(x)
+        return x
+
+
+def test_a_block_may_write_into_its_input(monkeypatch):
+    seen = spy_on_hessians(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(InPlace(), InPlace())
+    x = torch.randn(50, 16)
+    pumice.compress(model, pumice.GPTQ(4, 16), [x.clone()])
+    torch.testing.assert_close(seen["0.up"][1], 2 / 50 * x.T @ x)
+
+
 # ---- finding the blocks
 
 

@@ -101,6 +101,7 @@ def run(
         done += 1
         progress(done, len(layers), name)
 
+    modes = {name: module.training for name, module in model.named_modules()}
     with torch.no_grad(), evaluation_mode(model):
         inputs = BlockInputs()
         if last >= 0:
@@ -122,7 +123,8 @@ def run(
                 journal.record(index, module, block, errors)
             home = next(module.parameters()).device
             for local, new in block.replacements.items():
-                outcome.replacements[block.full_name(local)] = new.to(home)
+                full_name = block.full_name(local)
+                outcome.replacements[full_name] = new.to(home).train(modes[full_name])
             for local in block.layers:
                 outcome.errors[block.full_name(local)] = errors[local]
                 report(block.full_name(local))

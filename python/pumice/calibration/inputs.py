@@ -51,14 +51,18 @@ class BlockInputs:
         return len(self.calls)
 
     def run(self, index: int, block: int, module: nn.Module, device: torch.device) -> Any:
-        """Run a block on one sample; returns whatever it returns."""
+        """Run a block on one sample; returns whatever it returns.
+
+        It gets a copy of its activations (the model as a whole: of its inputs), for it may write
+        into what it is given.
+        """
         hidden = self.activations[index]
 
         def place(value: Any) -> Any:
             if value is ACTIVATIONS:
                 assert hidden is not None
-                return hidden.to(device)
-            return value.to(device) if isinstance(value, Tensor) else value
+                return hidden.to(device, copy=True)
+            return value.to(device, copy=hidden is None) if isinstance(value, Tensor) else value
 
         arguments = self.calls[index][block]
         args = map_structure(place, arguments.args)
@@ -180,7 +184,9 @@ class _Recorder:
             if len(self.calls) == len(self._stack.blocks):
                 raise _AllBlocksSeen
             if isinstance(self.tail, Unknown):
-                self.tail = _tail_of(name, forward(*args, **kwargs))
+                copied = [hidden.clone() if value is hidden else value for value in args]
+                named = {k: hidden.clone() if v is hidden else v for k, v in kwargs.items()}
+                self.tail = _tail_of(name, forward(*copied, **named))
             self._passed_on = hidden
             return hidden if self.tail is None else (hidden, *self.tail)
 

@@ -53,7 +53,7 @@ class ScaleStage(Stage):
         mean = group.statistic.value
         calls = _record_calls(block, _common_module(group.names), self._tokens)
         candidates = [scale_of(fold.tied(mean), step / self._steps) for step in range(self._steps)]
-        losses = torch.zeros(len(candidates), dtype=torch.float64)
+        losses = torch.zeros(len(candidates), dtype=torch.float64, device=block.device)
         linears = [block.layers[name] for name in group.names]
         originals = [linear.weight.detach().clone() for linear in linears]
         module = block.module.get_submodule(_common_module(group.names))
