@@ -111,6 +111,7 @@ INTRINSICS: dict[str, Callable[[int, int, int], int]] = {
     "ffs": lambda a, b, c: (a & -a & 0xFFFFFFFF).bit_length(),
     "brev": lambda a, b, c: int(f"{a & 0xFFFFFFFF:032b}"[::-1], 2),
     "mulhi": lambda a, b, c: a * b >> 32,
+    "and_or": lambda a, b, c: a & b | c,
 }
 
 

@@ -61,6 +61,7 @@ def test_copies_and_loads(both_bodies: Bodies, size: int) -> None:
     assert_same(both_bodies, "cp_async", x, valid, size, torch.zeros_like(x))
     words = torch.zeros(16 * size, dtype=torch.int32)
     assert_same(both_bodies, "load_streaming", x, size, words)
+    assert_same(both_bodies, "store_16", x, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_collective(both_bodies: Bodies, name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*INTRINSICS, "float2int_rn"])
+@pytest.mark.parametrize("name", [*INTRINSICS, "float2int_rn", "thread_index"])
 def test_intrinsic(both_bodies: Bodies, name: str) -> None:
     words = [random_words(1000) for _ in range(3)]
     assert_same(both_bodies, "intrinsic", name, *words, torch.zeros(1000, dtype=torch.int32))

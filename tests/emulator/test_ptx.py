@@ -174,6 +174,18 @@ def test_load_streaming(selftest: Selftest, size: int) -> None:
     assert torch.equal(y, x.view(torch.int32))
 
 
+def test_store_16(selftest: Selftest) -> None:
+    x = torch.randint(0, 256, (48 * 16,), dtype=torch.uint8)
+    assert torch.equal(selftest("store_16", x, torch.zeros_like(x)), x)
+
+
+def test_thread_index(selftest: Selftest) -> None:
+    """Of blocks of 128 threads."""
+    y = torch.zeros(300, dtype=torch.int32)
+    expected = torch.arange(300, dtype=torch.int32) % 128
+    assert torch.equal(selftest("intrinsic", "thread_index", y, y, y, y.clone()), expected)
+
+
 def test_gemm(selftest: Selftest) -> None:
     """All of it together: a pipelined tensor-core product."""
     torch.manual_seed(0)

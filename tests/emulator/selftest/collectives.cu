@@ -1,6 +1,8 @@
-// Warp collectives, atomic operations and integer intrinsics.
+// Warp collectives, atomic operations, integer intrinsics and what of csrc/cuda/ptx is like them.
 #include <string>
 
+#include "cuda/ptx/lop3.h"
+#include "cuda/ptx/thread.h"
 #include "selftest.h"
 
 namespace pumice::cuda {
@@ -114,7 +116,9 @@ enum class Intrinsic {
   kFfs,
   kBrev,
   kToInt,
-  kMulhi
+  kMulhi,
+  kAndOr,
+  kThread
 };
 
 template <Intrinsic kName>
@@ -134,6 +138,8 @@ __global__ void intrinsic_probe(const int* a, const int* b, const int* c, int n,
   if constexpr (kName == Intrinsic::kBrev) r = static_cast<int>(__brev(ua));
   if constexpr (kName == Intrinsic::kToInt) r = __float2int_rn(__int_as_float(a[t]));
   if constexpr (kName == Intrinsic::kMulhi) r = __mulhi(a[t], b[t]);
+  if constexpr (kName == Intrinsic::kAndOr) r = static_cast<int>(ptx::and_or(ua, ub, uc));
+  if constexpr (kName == Intrinsic::kThread) r = ptx::thread_index_here();
   y[t] = r;
 }
 
@@ -156,6 +162,8 @@ void intrinsic(std::string name, const Tensor& a, const Tensor& b, const Tensor&
   run("brev", intrinsic_probe<Intrinsic::kBrev>);
   run("float2int_rn", intrinsic_probe<Intrinsic::kToInt>);
   run("mulhi", intrinsic_probe<Intrinsic::kMulhi>);
+  run("and_or", intrinsic_probe<Intrinsic::kAndOr>);
+  run("thread_index", intrinsic_probe<Intrinsic::kThread>);
 }
 
 }  // namespace

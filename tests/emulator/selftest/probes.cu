@@ -5,6 +5,7 @@
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/load.h"
 #include "cuda/ptx/mma.h"
+#include "cuda/ptx/store.h"
 #include "selftest.h"
 
 namespace pumice::cuda {
@@ -70,6 +71,10 @@ __global__ void load_probe(const uint8_t* x, uint32_t* y) {
   }
 }
 
+__global__ void store_probe(const uint4* x, uint4* y) {
+  ptx::store_16(y + threadIdx.x, x[threadIdx.x]);
+}
+
 void mma(std::string type, const Tensor& a, const Tensor& b, const Tensor& d) {
   const DeviceGuard guard(a);
   const auto run = [&](auto kernel, auto* registers) {
@@ -115,6 +120,13 @@ void load_streaming(const Tensor& x, int64_t size, const Tensor& y) {
   if (size == 4) run(load_probe<4>);
 }
 
+void store_16(const Tensor& x, const Tensor& y) {
+  const DeviceGuard guard(x);
+  launch(store_probe, 1, static_cast<unsigned>(x.numel() / 16), 0, current_stream(x),
+         static_cast<const uint4*>(read_pointer<void>(x)),
+         static_cast<uint4*>(write_pointer<void>(y)));
+}
+
 }  // namespace
 }  // namespace pumice::cuda
 
@@ -122,5 +134,6 @@ SELFTEST_IMPL(m) {
   m.impl("mma", TORCH_BOX(&pumice::cuda::mma));
   m.impl("ldmatrix", TORCH_BOX(&pumice::cuda::ldmatrix));
   m.impl("cp_async", TORCH_BOX(&pumice::cuda::cp_async));
+  m.impl("store_16", TORCH_BOX(&pumice::cuda::store_16));
   m.impl("load_streaming", TORCH_BOX(&pumice::cuda::load_streaming));
 }
