@@ -24,6 +24,8 @@ constexpr Device kH200 = {132, 227 * 1024}, kA100 = {108, 163 * 1024}, kL40s = {
 
 size_t shared_bytes(Int4TileName tile, bool is_fp32) {
   switch (tile) {
+    case Int4TileName::kNarrow:
+      return Int4TileNarrow::kSharedBytes;
     case Int4TileName::k8:
       return is_fp32 ? Int4SplitTile8::kSharedBytes : Int4Tile8::kSharedBytes;
     case Int4TileName::k16:
@@ -76,6 +78,7 @@ int main() {
   }
   // What the tiles' comments say of an H200.
   check_resident<Int4Tile8>(2);
+  check_resident<Int4TileNarrow>(2);
   check_resident<Int4Tile16>(2);
   check_resident<Int4SplitTile8>(2);
   const Int4Plan decode =

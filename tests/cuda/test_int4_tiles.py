@@ -17,9 +17,12 @@ from int4_cases import Int4Case, check
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 CASES = {
-    "8 tokens, two row tiles": Int4Case(7, 70, 520, HALF, group_size=128, zeros="integer"),
-    "8 tokens, K in two parts": Int4Case(1, 64, 4128, BRAIN, group_size=128),
-    "8 tokens, K in parts, prepared": Int4Case(2, 40, 8200, HALF, group_size=-1, order="perm"),
+    "narrow": Int4Case(7, 70, 1032, HALF, group_size=128, zeros="integer"),
+    "narrow, groups of 32": Int4Case(4, 33, 136, BRAIN, group_size=32, zeros="integer"),
+    "narrow, K in two parts": Int4Case(1, 64, 8208, BRAIN, group_size=128),
+    "8 tokens": Int4Case(8, 270, 520, HALF, group_size=128, zeros="integer"),
+    "8 tokens, groups of 64": Int4Case(2, 260, 600, BRAIN, group_size=64, zeros="integer"),
+    "narrow, K in parts, prepared": Int4Case(2, 40, 8200, HALF, group_size=-1, order="perm"),
     "16 tokens, groups of 32": Int4Case(13, 70, 552, BRAIN, group_size=32, zeros="integer"),
     "32 tokens, groups of 96": Int4Case(32, 64, 640, HALF, group_size=96, zeros="integer"),
     "64 tokens, K in two parts": Int4Case(50, 130, 2048, BRAIN, group_size=128),

@@ -318,6 +318,8 @@ void launch_int4_gemm_16bit(const Int4Product& product, const Int4Plan& plan, cu
                : launch_int4_gemm<T, Int4TileCompact, true>(product, plan, stream);
   }
   switch (plan.tile) {
+    case Int4TileName::kNarrow:
+      return launch_int4_gemm<T, Int4TileNarrow, false>(product, plan, stream);
     case Int4TileName::k8:
       return launch_int4_gemm<T, Int4Tile8, false>(product, plan, stream);
     case Int4TileName::k16:

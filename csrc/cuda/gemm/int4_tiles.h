@@ -57,10 +57,13 @@ struct Int4Tile {
 };
 
 // Up to 32 tokens the time is that of reading the weights. Two row tiles a warp halve what its
-// fragments of x take of shared memory: at 32 tokens 76 of 128 bytes a clock. 64 rows fill 128 SMs
-// at N = 8192. Four warps along K make a slice of 256 bytes of each row, so long that its barrier
-// does not show. 87 KB; weights under way on an SM: 2 blocks · 2 stages · 16 KB.
+// fragments of x take of shared memory: at 32 tokens 76 of 128 bytes a clock. Four warps along K
+// make a slice of 256 bytes of each row, so long that its barrier does not show. 87 KB; weights
+// under way on an SM: 2 blocks · 2 stages · 16 KB.
 using Int4Tile8 = Int4Tile<64, 8, 2, 1, 4, 3, 2>;
+// Where there are 64 rows or fewer for each SM: twice the warps on it, which share K, for twice the
+// bytes of x. 111 KB; at N = 8192 two blocks on an SM, as with 64 rows from N = 16896 on.
+using Int4TileNarrow = Int4Tile<32, 8, 1, 1, 8, 3, 2>;
 using Int4Tile16 = Int4Tile<64, 16, 2, 1, 4, 3, 2>;  // 111 KB, two of which a Hopper has
 using Int4Tile32 = Int4Tile<64, 32, 2, 1, 4, 3, 1>;  // 159 KB
 // Here the issue slots are the limit: no two warps widen the same weights, as they would with warps
@@ -74,7 +77,7 @@ using Int4TileCompact = Int4Tile<128, 64, 4, 2, 1, 3, 1>;
 using Int4SplitTile8 = Int4Tile<64, 8, 2, 1, 4, 2, 2, 2>;
 using Int4SplitTileCompact = Int4Tile<128, 64, 4, 2, 1, 3, 1, 2>;
 
-enum class Int4TileName { k8, k16, k32, k64, k128, kCompact };
+enum class Int4TileName { kNarrow, k8, k16, k32, k64, k128, kCompact };
 
 struct Int4Plan {
   Int4TileName tile;
@@ -93,13 +96,17 @@ constexpr Int4Plan int4_plan_of(Int4TileName name) {
   return {name, Tile::kRows, Tile::kTokens, Tile::kSliceK, 1};
 }
 
-// The tile for m tokens; the first fits every GPU from sm_80 on. fp32 x and the general path have
-// two shapes only.
-constexpr Int4Plan choose_int4_tile(int64_t m, bool is_fp32, bool general,
+// The tile for m tokens; k8 and kCompact (k8 for fp32) fit every GPU from sm_80 on. fp32 x and the
+// general path have two shapes only.
+constexpr Int4Plan choose_int4_tile(int64_t m, int64_t n, bool is_fp32, bool general, int sm_count,
                                     size_t shared_memory_limit) {
   constexpr Int4Plan k8 = int4_plan_of<Int4Tile8>(Int4TileName::k8);
   constexpr Int4Plan kCompact = int4_plan_of<Int4TileCompact>(Int4TileName::kCompact);
-  if (m <= 8) return k8;
+  if (m <= 8) {
+    const bool narrow = !is_fp32 && !general && int4_tile_count(k8, m, n) <= sm_count &&
+                        Int4TileNarrow::kSharedBytes <= shared_memory_limit;
+    return narrow ? int4_plan_of<Int4TileNarrow>(Int4TileName::kNarrow) : k8;
+  }
   if (is_fp32) return Int4SplitTileCompact::kSharedBytes <= shared_memory_limit ? kCompact : k8;
   if (general || Int4Tile32::kSharedBytes > shared_memory_limit) return kCompact;
   if (m <= 16) return int4_plan_of<Int4Tile16>(Int4TileName::k16);
@@ -113,7 +120,7 @@ constexpr Int4Plan choose_int4_tile(int64_t m, bool is_fp32, bool general,
 constexpr Int4Plan plan_int4(int64_t m, int64_t n, int64_t k, bool is_fp32, bool general,
                              int sm_count, size_t shared_memory_limit) {
   constexpr int64_t kMaxParts = 16, kMinSlices = 4;
-  Int4Plan plan = choose_int4_tile(m, is_fp32, general, shared_memory_limit);
+  Int4Plan plan = choose_int4_tile(m, n, is_fp32, general, sm_count, shared_memory_limit);
   const int64_t tiles = int4_tile_count(plan, m, n);
   if (4 * tiles >= 3 * sm_count) return plan;
   const int64_t slices = int4_blocks_along(k, plan.slice_k);
