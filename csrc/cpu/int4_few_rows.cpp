@@ -5,8 +5,11 @@
 // instructions make bytes of them, and each 32-bit lane sums the products of one word, whose eight
 // weights have one scale.
 //
-// Floor: the bytes of the weight, N·K/2 + N·G·(scale and zero), over the bandwidth of memory. At
-// M = 1 a core multiplies int8 activations faster than it can read.
+// Floor: the bytes of the weight, N·K/2 + N·G·(scale and zero), over the bandwidth of memory. For
+// 4096² g128 with bf16 scales that is 8.65 MB. A Zen 4 core that copied at 17 … 20 GB/s beside busy
+// neighbours took 0.45 ms with int8 activations (19 GB/s, at the floor) and 0.50 ms with bf16
+// (17 GB/s). In caches a block of 128 weights takes 10 and 12 cycles, where it would take 12 and 14
+// at that bandwidth.
 #include <algorithm>
 #include <cstring>
 

@@ -2,6 +2,14 @@
 //
 // y = x · W^T + extra · extra_weight^T + bias for 4-bit weights: integer products of nibbles and
 // digits (int4_activations.h), scaled where a group or a block of activations ends.
+//
+// kPanel weight rows lie side by side in the lanes of a register, so that a lane's sum runs over a
+// whole group: scaling costs one in ten instructions at groups of 128. Putting them there, a
+// transposition of the packed words, is shared by all rows of x.
+//
+// Floor: M·N·K/64 vpdpbusd for each digit (AVX-512; one a cycle on Zen 4). 4096² g128, M = 128, at
+// 3.7 GHz: 9.1 ms with int8 activations, 18.2 ms with bf16; measured 12.5 and 22.9 ms, 73 and 80 %.
+// (fp32 or bf16 multiply-adds would take 36 and 18 ms, and widening the weights comes on top.)
 #include <algorithm>
 #include <cstring>
 

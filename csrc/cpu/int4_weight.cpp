@@ -1,6 +1,8 @@
 // kernel: int4_weight
 //
 // Packing, unpacking and dequantization of whole weights: one pass, bound by memory.
+#include <cstring>
+
 #include "cpu/int4_dequantize.h"
 #include "cpu/int4_kernels.h"
 
@@ -27,9 +29,7 @@ void unpack_rows(const uint32_t* qweight, int64_t k, int bits, uint8_t* q, int64
   with_intn_width(bits, [&]<int kBits>() {
     const int64_t words = intn_words(k, kBits);
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t i = 0; i < k; ++i) {
-        q[n * k + i] = static_cast<uint8_t>(intn_value<kBits>(qweight + n * words, i));
-      }
+      unpack_values<kBits>(qweight + n * words, 0, k, q + n * k);
     }
   });
 }
@@ -39,8 +39,13 @@ void dequantize_rows(const IntnWeight& weight, void* out, DType out_dtype, float
   with_intn_width(weight.bits, [&]<int kBits>() {
     for (int64_t n = begin; n < end; ++n) {
       dequantize_row<kBits>(weight, n, row);
-      for (int64_t k = 0; k < weight.k; ++k)
-        store_element(out, out_dtype, n * weight.k + k, row[k]);
+      int64_t k = 0;
+      for (; k + 4 <= weight.k; k += 4) {
+        Float4 four;
+        std::memcpy(&four, row + k, sizeof(four));
+        store_four(out, out_dtype, n * weight.k + k, 4, four);
+      }
+      for (; k < weight.k; ++k) store_element(out, out_dtype, n * weight.k + k, row[k]);
     }
   });
 }
