@@ -7,7 +7,7 @@ namespace pumice::cuda {
 
 // Pieces of one uninitialised allocation, each on a boundary of 256 bytes as from the allocator. It
 // may be freed on return: what the stream runs next is ordered after the kernels that use it.
-class StreamWorkspace {
+class Workspace {
  public:
   size_t reserve(int64_t bytes) {
     const size_t offset = size_;

@@ -117,7 +117,7 @@ Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor
                                   device.shared_memory_limit);
   const int64_t tickets = int4_ticket_count(plan, m, n);
 
-  StreamWorkspace workspace;
+  Workspace workspace;
   const size_t high = workspace.reserve(rewrites ? m * stride * 2 : 0);
   const size_t low = workspace.reserve(is_fp32 ? m * stride * 2 : 0);
   const size_t low_rank = workspace.reserve(m * args.lora_a.rows * 4);
