@@ -16,6 +16,7 @@ import pytest
 WANTED = os.environ.get("PUMICE_SECOND_TORCH")
 
 PROGRAM = """
+import sys
 import torch
 sys.path.insert(0, sys.argv[1])
 import pumice
