@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import int4 as int4_bench
-from bench import int8 as int8_bench
-from bench import outlier_weights, readme, results
+from bench import int4, int8, outlier_weights, readme, results
 from bench.cases import Bench, Case
 from bench.machine import describe
 
@@ -36,34 +35,30 @@ Record = Annotated[bool, typer.Option(help="keep the numbers in bench/results")]
 Picture = Annotated[Path | None, typer.Option(help="draw the speed-ups into this file")]
 
 
-@app.command()
-def int8(
-    device: Device = "cpu",
-    tokens: Tokens = "",
-    shapes: Shapes = "",
-    dtypes: Dtypes = "",
-    threads: Threads = 0,
-    seconds: Seconds = 1.0,
-    record: Record = False,
-    png: Picture = None,
-) -> None:
-    """W8A8 and LLM.int8() linears beside torch, fbgemm, aten and bitsandbytes."""
-    run(int8_bench.BENCH, device, tokens, shapes, dtypes, threads, seconds, record, png)
+def command(bench: Bench[Any]) -> Callable[..., None]:
+    """The subcommand of a benchmark."""
+
+    def run_with_options(
+        device: Device = "cpu",
+        tokens: Tokens = "",
+        shapes: Shapes = "",
+        dtypes: Dtypes = "",
+        threads: Threads = 0,
+        seconds: Seconds = 1.0,
+        record: Record = False,
+        png: Picture = None,
+    ) -> None:
+        run(bench, device, tokens, shapes, dtypes, threads, seconds, record, png)
+
+    return run_with_options
 
 
-@app.command()
-def int4(
-    device: Device = "cpu",
-    tokens: Tokens = "",
-    shapes: Shapes = "",
-    dtypes: Dtypes = "",
-    threads: Threads = 0,
-    seconds: Seconds = 1.0,
-    record: Record = False,
-    png: Picture = None,
-) -> None:
-    """int4 linears, groups of 128, beside torch, aten and onnxruntime."""
-    run(int4_bench.BENCH, device, tokens, shapes, dtypes, threads, seconds, record, png)
+app.command("int8", help="W8A8 and LLM.int8() linears beside torch, fbgemm, aten, bitsandbytes.")(
+    command(int8.BENCH)
+)
+app.command("int4", help="int4 linears, groups of 128, beside torch, aten and onnxruntime.")(
+    command(int4.BENCH)
+)
 
 
 def run(
