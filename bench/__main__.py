@@ -77,7 +77,7 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     machine = describe(torch.device(device))
-    console.print(f"{machine.name}: copy bandwidth {machine.bandwidth / 1e9:.1f} GB/s")
+    console.print(f"{machine.name}: memory bandwidth {machine.bandwidth / 1e9:.1f} GB/s")
     cases = [
         Case(int(count), *map(int, shape.split("x")))
         for shape in (shapes or DEFAULT_SHAPES[device]).split(",")

@@ -1,6 +1,6 @@
 """The int4 linear beside its peers: ``python -m bench int4``. Groups of 128.
 
-Floor of a case: x, the packed weight, its scales and y moved once over the copy bandwidth, or
+Floor of a case: x, the packed weight, its scales and y moved once over the memory bandwidth, or
 2·M·N·K operations at the 16-bit peak, whichever is longer.
 """
 

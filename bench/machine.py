@@ -1,6 +1,6 @@
 """What the machine can do at best: the numbers that floors are computed from.
 
-Bandwidth is measured in the run itself (a copy). Peak operations come from the vendor's data sheet
+Bandwidth is measured in the run itself. Peak operations come from the vendor's data sheet
 for the GPUs listed; for others and for CPUs no operation floor is given.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ GPU_PEAKS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and its measured copy bandwidth (bytes read + written per second)."""
+    """A device and its measured memory bandwidth (bytes per second)."""
 
     device: str
     name: str
@@ -71,20 +72,28 @@ def _active_isa() -> str:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Best of several copies of 256 MB (1 GB on a GPU); read plus written bytes per second."""
+    """Bytes a second, the best of several: a copy of 1 GB (read plus written) on a GPU; on a CPU
+    the faster of a copy and a sum of 256 MB, for writing costs a read of the line as well."""
     size = (1 << 30) if device.type == "cuda" else (1 << 28)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
+    best = 2 * size / _seconds(lambda: target.copy_(source), device)
+    if device.type == "cpu":
+        best = max(best, size / _seconds(lambda: source.sum(), device))
+    return best
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
     for _ in range(10):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        target.copy_(source)
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
-    return 2 * size / best
+    return best
 
 
 def _cpu_name() -> str:
