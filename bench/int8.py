@@ -1,7 +1,7 @@
 """The int8 linears beside their peers: ``python -m bench int8``.
 
-Floor of a case: x, the int8 weight and y moved once over the memory bandwidth, or 2·M·N·K operations
-at the int8 peak, whichever is longer.
+Floor of a case: x, the int8 weight and y moved once over the memory bandwidth, or 2·M·N·K
+operations at the int8 peak, whichever is longer.
 """
 
 from __future__ import annotations
