@@ -50,7 +50,11 @@ def record(machine: Machine, op: str, rows: Iterable[Row], folder: Path = RESULT
         "date": datetime.date.today().isoformat(),
         "torch": str(torch.__version__),
         "pumice": pumice.__version__,
-        "digests": {k["name"]: k["digest"] for k in _C.kernels() if k["name"] in used},
+        "digests": {
+            kernel["name"]: kernel["digest"]
+            for kernel in _C.kernels()
+            if kernel["name"] in used and kernel["device"] == machine.device
+        },
         "rows": [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,16 @@ def test_record_replaces_only_its_op(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_record_keeps_the_digests_of_its_device(tmp_path):
+    """CPU and CUDA kernels share names."""
+    from pumice import _C
+
+    ran = results.Row("int8", "M=1", "pumice", 1.0, 1.0, 1.0, 1.0, 1.0, ("int8_gemm",))
+    _, ops = results.load(results.record(MACHINE, "int8", [ran], tmp_path))
+    (cpu,) = (k["digest"] for k in _C.kernels() if (k["name"], k["device"]) == ("int8_gemm", "cpu"))
+    assert ops["int8"]["digests"] == {"int8_gemm": cpu}
+
+
 def test_markdown_and_plot(tmp_path):
     rows = [row("torch", 8.0), row("pumice", 4.0)]
     assert "| M=1 | 1 | 8 (1.00) | 4 (2.00) |" in results.markdown(rows)

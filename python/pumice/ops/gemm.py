@@ -101,7 +101,8 @@ def int8_mixed_linear(
     **Does a row depend on its neighbours?** By default yes, as in the paper and bitsandbytes: O is
     a union over the batch, so an outlier in one row makes its column more exact for every row. With
     ``per_element=True`` only the outlying elements themselves go through r, and no row depends on
-    another; the error is slightly larger in rows that profit from a neighbour's outlier.
+    another: to the bit on the CPU; on CUDA up to the rounding of an fp32 sum whose terms are
+    grouped by the columns in O. The error is larger in rows that profit from a neighbour's outlier.
 
     A NaN or ±Inf in x is an outlier: its row becomes what a float product with the dequantized
     weights gives; other rows are unharmed.
