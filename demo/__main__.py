@@ -1,9 +1,10 @@
-"""Compress SmolLM2-135M in three ways and measure quality, size and speed of each.
+"""Compress SmolLM2-135M in several ways and measure quality, size and speed of each.
 
 The uncompressed model is float32 by default: that is what its weights become when the published
 4-bit file is dequantized, and what every CPU multiplies well. ``--dtype bfloat16`` runs the whole
 table in 16 bit, which is the fairer rival for speed where the CPU has bfloat16 instructions.
-Exits with 1 if what the paper claims does not show.
+Models that took a calibration are kept beside the results and loaded the next time.
+Exits with 1 if what LLM.int8()'s paper claims does not show.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     with _console.progress_bars() as bars:
-        rows, report = measure(bars, options.dtype, options.windows)
+        rows, report = measure(bars, options)
     quality = rows[LLM_INT8.name].quality
     setting = {
         "model": MODEL,
@@ -72,23 +73,24 @@ def main() -> int:
 
 
 def measure(
-    bars: Progress, dtype: str, windows: int
+    bars: Progress, options: argparse.Namespace
 ) -> tuple[dict[str, results.Row], pumice.Report]:
     """All rows of the table, and the report of LLM.int8()."""
 
     def say(line: str) -> None:
         _console.say(bars.console, line)
 
-    model, tokenizer = load_model(MODEL, dtype=getattr(torch, dtype), progress=say)
+    model, tokenizer = load_model(MODEL, dtype=getattr(torch, options.dtype), progress=say)
     evaluation = _token_ids(tokenizer, load_text(TEXT, progress=say))
     calibration = _token_ids(tokenizer, load_text(TEXT, split="calibration", progress=say))
-    models = {m.name: _compressed(bars, model, m, calibration) for m in METHODS}
+    kept = options.out / "models" / options.dtype
+    models = {m.name: _compressed(bars, model, m, calibration, kept) for m in METHODS}
     rows = {}
     for method in METHODS:
         compressed = models[method.name]
         with _console.step(bars, f"perplexity: {method.label}") as advance:
             quality = perplexity(
-                compressed, evaluation, context=CONTEXT, windows=windows, on_window=advance
+                compressed, evaluation, context=CONTEXT, windows=options.windows, on_window=advance
             )
         rows[method.name] = results.Row(method, quality, model_size(compressed))
     with _console.step(bars, "speed, all methods in turn") as advance:
@@ -110,19 +112,30 @@ def measure(
 
 
 def _compressed(
-    bars: Progress, model: torch.nn.Module, method: Method, calibration: torch.Tensor
+    bars: Progress,
+    model: torch.nn.Module,
+    method: Method,
+    calibration: torch.Tensor,
+    kept: Path,
 ) -> torch.nn.Module:
     if method.recipe is None:
         return model
-    # LLM.int8() needs no calibration; here two windows show what it does to each layer.
-    windows = calibration[: 2 * CONTEXT].view(2, CONTEXT).split(1)
+    folder = kept / f"{method.name}-{method.digest}"
+    if method.calibration and folder.is_dir():
+        return pumice.load(folder)
+    # LLM.int8() needs no calibration; two windows show what it does to each layer.
+    count = 2 if method is LLM_INT8 else method.calibration
+    windows = list(calibration[: count * CONTEXT].view(count, 1, CONTEXT))
     with _console.step(bars, f"compressing: {method.label}") as advance:
-        return pumice.compress(
+        compressed = pumice.compress(
             model,
             method.recipe,
-            windows if method is LLM_INT8 else None,
+            windows or None,
             progress=lambda done, total, name: advance(done, total),
         )
+    if method.calibration:
+        pumice.save(compressed, folder)
+    return compressed
 
 
 def _token_ids(tokenizer: Any, text: str) -> torch.Tensor:
@@ -133,7 +146,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--windows", type=int, default=20, help="evaluated, of 512 tokens each")
+    parser.add_argument("--windows", type=int, default=12, help="evaluated, of 512 tokens each")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     return parser.parse_args()
 

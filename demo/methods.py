@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import pumice
@@ -15,6 +17,14 @@ class Method:
     name: str
     label: str
     recipe: Recipe | None
+    calibration: int = 0  # windows that the method looks at
+
+    @property
+    def digest(self) -> str:
+        """Of everything that the compressed weights depend on."""
+        settings = self.recipe.to_dict() if self.recipe else None
+        text = json.dumps([pumice.__version__, settings, self.calibration], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 UNCOMPRESSED = Method("uncompressed", "uncompressed", None)
@@ -31,4 +41,10 @@ VECTOR_WISE = Method("vector_wise", "int8 (token + channel)", pumice.Int8())
 PAPER = Method("llm_int8_6", "LLM.int8(), threshold 6", pumice.LLMInt8(threshold=6.0))
 LLM_INT8 = Method("llm_int8", "LLM.int8(), threshold 4", pumice.LLMInt8(threshold=4.0))
 
-METHODS = (UNCOMPRESSED, NAIVE, VECTOR_WISE, PAPER, LLM_INT8)
+# Four bits, one scale and zero point for 64 weights. Eight windows are little for GPTQ (it warns):
+# the demo shows the way, bench/quality.py measures.
+RTN4 = Method("rtn4", "int4 round to nearest", pumice.RTN(4, 64, symmetric=False))
+GPTQ4 = Method("gptq4", "int4 GPTQ", pumice.GPTQ(4, 64, symmetric=False), calibration=8)
+AWQ4 = Method("awq4", "int4 AWQ", pumice.AWQ(4, 64, search_tokens=512), calibration=8)
+
+METHODS = (UNCOMPRESSED, NAIVE, VECTOR_WISE, PAPER, LLM_INT8, RTN4, GPTQ4, AWQ4)

@@ -69,7 +69,8 @@ def test_results_are_stored_whole(tmp_path):
     assert base["recipe"] is None
     assert base["prefill_tokens_per_second"] == 100.0  # the median
     assert len(base["rounds"]) == 3
-    assert stored["rows"][-1]["recipe"]["name"] == "llm_int8"
+    recipes = {row["method"]: row["recipe"] for row in stored["rows"]}
+    assert recipes[LLM_INT8.name]["name"] == "llm_int8"
     assert all(entry["holds"] for entry in stored["verdict"])
 
 
