@@ -44,4 +44,34 @@ PUMICE_LIBRARY(m) {
       "int4_linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? g_idx,"
       " Tensor? perm, Tensor? bias, Tensor? outlier_idx, Tensor? outlier_weight, Tensor? lora_a,"
       " Tensor? lora_b, *, int group_size, int bits=4, bool int8_activation=False) -> Tensor");
+
+  // Sizes of attention: B sequences, S_q queries, S_k keys, heads H, KV heads H_kv, head dim D.
+  // Tensors are [B, S, H, D], or [total, H, D] with cu_seqlens; masks: csrc/common/attention_mask.h
+  //
+  // out[i] = Σ_j exp(score[i,j] - lse[i]) · value[j],  lse[i] = ln(Σ_j exp(score[i,j]) + exp(sink))
+  // over the visible j,  score[i,j] = softcap(softmax_scale · query[i]·key[j]) - slope · |p_i - j|
+  m.def(
+      "flash_attention(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q,"
+      " Tensor? cu_seqlens_k, Tensor? sinks, Tensor? alibi_slopes, Tensor? global_index,"
+      " Tensor? mask_bits, Tensor? mask_blocks, *, int max_seqlen_q=0, int max_seqlen_k=0,"
+      " float softmax_scale, bool causal=False, int window_left=-1, int window_right=-1,"
+      " int sink_tokens=0, int global_tokens=0, float softcap=0.0) -> (Tensor out, Tensor lse)");
+
+  // Gradients of query, key and value; delta[i] = out[i]·grad_out[i] - grad_lse[i], from which
+  // those of the sinks follow.
+  m.def(
+      "flash_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key,"
+      " Tensor value, Tensor out, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+      " Tensor? sinks, Tensor? alibi_slopes, Tensor? global_index, Tensor? mask_bits,"
+      " Tensor? mask_blocks, *, int max_seqlen_q=0, int max_seqlen_k=0, float softmax_scale,"
+      " bool causal=False, int window_left=-1, int window_right=-1, int sink_tokens=0,"
+      " int global_tokens=0, float softcap=0.0)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor delta)");
+
+  // bits[…,i,w] bit b = mask[…,i,32w+b];  blocks: 0, 1, 2 where a 64 × 64 square shows none, some,
+  // all
+  m.def("attention_mask_pack(Tensor mask) -> (Tensor bits, Tensor blocks)");
+
+  // out = Σ_p exp(lses[p] - lse) · outs[p],  lse = ln Σ_p exp(lses[p])
+  m.def("merge_attention(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
 }

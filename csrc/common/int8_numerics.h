@@ -5,13 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define PUMICE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Internal to each file and always inlined: the CPU kernels are compiled once per instruction set,
-// and a shared inline function would be kept in only one of those versions.
-#define PUMICE_HOST_DEVICE static inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace pumice {
 
