@@ -32,4 +32,33 @@ struct AttentionProblem {
   PUMICE_HOST_DEVICE_MEMBER int64_t group() const { return heads / kv_heads; }
 };
 
+// One sequence of the problem: its lengths, and the index of its first tokens among all of them.
+struct SequenceRange {
+  int64_t query_row, key_row;
+  int32_t q_len, k_len;
+};
+
+PUMICE_HOST_DEVICE SequenceRange sequence_of(const AttentionProblem& problem, int64_t batch) {
+  if (!problem.packed()) {
+    return {batch * problem.max_q, batch * problem.max_k, static_cast<int32_t>(problem.max_q),
+            static_cast<int32_t>(problem.max_k)};
+  }
+  const int32_t q = problem.cu_seqlens_q[batch], k = problem.cu_seqlens_k[batch];
+  return {q, k, problem.cu_seqlens_q[batch + 1] - q, problem.cu_seqlens_k[batch + 1] - k};
+}
+
+// Where the vector of a sequence's first token and one head lies in a view, whose tokens of all
+// sequences follow each other from `row` where packed.
+PUMICE_HOST_DEVICE int64_t first_element(const TokenView& view, bool packed, int64_t batch,
+                                         int64_t row, int64_t head) {
+  return (packed ? row * view.token_stride : batch * view.batch_stride) + head * view.head_stride;
+}
+
+// Where the row of a sequence and head begins in lse, [B, H, S_q] or [H, total] where packed.
+PUMICE_HOST_DEVICE int64_t lse_row(const AttentionProblem& problem, const SequenceRange& sequence,
+                                   int64_t batch, int64_t head) {
+  return problem.packed() ? head * problem.total_q + sequence.query_row
+                          : (batch * problem.heads + head) * problem.max_q;
+}
+
 }  // namespace pumice
