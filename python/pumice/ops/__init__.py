@@ -1,6 +1,8 @@
 """The operators as functions: checked, documented, traceable by ``torch.compile`` and export."""
 
 from pumice.ops import _library
+from pumice.ops.attention import flash_attention, flash_attention_varlen, merge_attention
+from pumice.ops.attention_mask import PackedMask, pack_attention_mask
 from pumice.ops.gemm import int8_linear, int8_mixed_linear
 from pumice.ops.int4 import int4_dequantize, int4_linear, int4_pack, int4_unpack
 from pumice.ops.quantize import int8_quantize
@@ -8,6 +10,9 @@ from pumice.ops.quantize import int8_quantize
 _library.register("pumice")
 
 __all__ = [
+    "PackedMask",
+    "flash_attention",
+    "flash_attention_varlen",
     "int4_dequantize",
     "int4_linear",
     "int4_pack",
@@ -15,4 +20,6 @@ __all__ = [
     "int8_linear",
     "int8_mixed_linear",
     "int8_quantize",
+    "merge_attention",
+    "pack_attention_mask",
 ]
