@@ -16,6 +16,7 @@ element by element: time is in proportion to the area that a mask leaves.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -35,7 +36,65 @@ from pumice.ops._attention_checks import (
 )
 from pumice.ops.attention_mask import PackedMask, packed_for
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 GlobalTokens = int | Sequence[int] | Tensor
+
+
+class Options(TypedDict, total=False):
+    """Options of both forms of attention; see :func:`flash_attention`."""
+
+    softmax_scale: float | None
+    causal: bool
+    window: tuple[int, int]
+    sink_tokens: int
+    global_tokens: GlobalTokens
+    sinks: Tensor | None
+    softcap: float
+    alibi_slopes: Tensor | None
+
+
+class DenseOptions(Options, total=False):
+    mask: Tensor | PackedMask | None
+
+
+class PackedOptions(Options):
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@overload
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[DenseOptions],
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DenseOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[DenseOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -118,6 +177,45 @@ def flash_attention(
         op, query, key, value, None, None, bits, blocks, batch, 0, 0, softmax_scale, causal,
         window, sink_tokens, global_tokens, sinks, softcap, alibi_slopes, return_lse,
     )  # fmt: skip
+
+
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PackedOptions],
+) -> Tensor: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[PackedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def flash_attention_varlen(
