@@ -4,6 +4,11 @@ from pumice import nn, ops, quantize
 from pumice.checkpoint import load, save
 from pumice.compress import compress
 from pumice.doctor import doctor
+from pumice.flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    scaled_dot_product_attention,
+)
 from pumice.quantize import AWQ, GPTQ, RTN, AWQScaling, Int8, LLMInt8
 from pumice.report import Report, report
 
@@ -20,10 +25,13 @@ __all__ = [
     "__version__",
     "compress",
     "doctor",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
     "load",
     "nn",
     "ops",
     "quantize",
     "report",
     "save",
+    "scaled_dot_product_attention",
 ]

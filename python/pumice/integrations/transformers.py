@@ -5,6 +5,7 @@ After ``import pumice.integrations.transformers``, transformers (5 or newer) ope
 
     model = AutoModelForCausalLM.from_pretrained(folder)
 
+and any model with ``attn_implementation="pumice"`` (:mod:`pumice.integrations.attention`).
 :func:`pumice.load` does so with any transformers, and checks more (digests, unexpected tensors,
 dtypes).
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from pumice.integrations import attention
 from pumice.nn import CompressedLinear, layer_from_config
 from pumice.nn._replace import find_linear, replace_modules
 
@@ -34,6 +36,8 @@ except ImportError as error:
     ) from error
 
 QUANT_METHOD = "pumice"
+
+attention.register()
 
 
 @register_quantization_config(QUANT_METHOD)
