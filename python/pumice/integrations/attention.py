@@ -131,14 +131,14 @@ def attention_mask(
     """
     if attention_mask is not None and attention_mask.dim() == 3:
         return attention_mask
-    position = {"q_length": q_length, "q_offset": q_offset}
     if q_length is None:  # transformers 4 gives the positions themselves
         cache_position: Tensor = kwargs["cache_position"]
-        position = {"cache_position": cache_position}
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
+        queries, q_offset = cache_position.shape[0], cache_position[0]
+    else:
+        queries = q_length
+        kwargs |= {"q_length": q_length, "q_offset": q_offset}
     elements = {
         **kwargs,
-        **position,
         "batch_size": batch_size,
         "kv_length": kv_length,
         "kv_offset": kv_offset,
@@ -155,23 +155,23 @@ def attention_mask(
             return _every_element(elements)
         q_offset = int(q_offset)
     # Keys that exist: the operator has the last query stand at the last key.
-    keys = q_offset + q_length - kv_offset if causal else kv_length
+    keys = q_offset + queries - kv_offset if causal else kv_length
     hidden: Tensor | None = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if hidden is not None:
         hidden = hidden[:, kv_offset : kv_offset + keys]
         if not torch.compiler.is_compiling() and bool(hidden.all()):
             hidden = None
-    windowed = window is not None and window < keys
+    if window is not None and window >= keys:
+        window = None
     if not causal and hidden is not None:
         # A layer may still call itself causal: four dimensions leave no doubt, and cost no memory.
-        everywhere: Tensor = hidden[:, None, None].expand(-1, -1, q_length, -1)
-        return everywhere
-    if hidden is None and not windowed and keys == kv_length:
+        return hidden[:, None, None].expand(-1, -1, queries, -1)
+    if hidden is None and window is None and keys == kv_length:
         return None
     if hidden is None:
         device = kwargs.get("device", "cpu" if attention_mask is None else attention_mask.device)
         hidden = torch.ones(1, keys, dtype=torch.bool, device=device).expand(batch_size, keys)
-    return hidden[:, None].expand(-1, window, -1) if windowed else hidden
+    return hidden if window is None else hidden[:, None].expand(-1, window, -1)
 
 
 def _every_element(elements: dict[str, Any]) -> Tensor:
@@ -182,14 +182,16 @@ def _every_element(elements: dict[str, Any]) -> Tensor:
 def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, int | None] | None:
     """Whether a mask function is causal and the tokens of its window; None if it is another.
 
-    The functions of transformers are known by their code, what they close over by its name. One
-    that a later version writes differently is simply not recognised.
+    A window's function is known by its code, what it closes over by its name. One that a later
+    version of transformers writes differently is simply not recognised, nor is any while
+    torch.compile traces, which does not look into closures.
     """
-    code = getattr(mask_function, "__code__", None)
-    if code is masking_utils.causal_mask_function.__code__:
+    if mask_function is masking_utils.causal_mask_function:
         return True, None
-    if code is masking_utils.bidirectional_mask_function.__code__:
+    if mask_function is masking_utils.bidirectional_mask_function:
         return False, None
+    if torch.compiler.is_compiling():
+        return None
     parts = _closed_over(mask_function, _AND_MASKS, "mask_functions")
     if parts is None or len(parts) != 2 or _pattern(parts[1]) != (True, None):
         return None

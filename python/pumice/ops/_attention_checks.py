@@ -155,7 +155,7 @@ def check_float(op: str, name: str, value: Any, at_least: float | None = None) -
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a float, not {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"{op}: {name} must be finite, not {value}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{op}: {name} must not be below {at_least:g}, not {value}")
