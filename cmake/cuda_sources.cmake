@@ -10,4 +10,5 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/gemm/int4_gemm_fp16.cu
   csrc/cuda/gemm/int4_gemm_bf16.cu
   csrc/cuda/gemm/int4_gemm_fp32.cu
+  csrc/cuda/gemm/int4_dequantized.cu
   csrc/cuda/gemm/ops_int4.cu)

@@ -18,6 +18,8 @@ from backends import Backend
 from cases import FLOATS
 from reference import Array
 
+DEQUANTIZE_FROM = 512  # rows of x: kInt4DequantizeFrom in csrc/cuda/gemm/int4_tiles.h
+
 
 @dataclass(frozen=True)
 class Int4Case:
@@ -51,6 +53,11 @@ class Int4Case:
             or self.zeros == "float"
             or (self.group_size != -1 and self.group_size % 32 != 0)
         )
+
+    @property
+    def is_dequantized_on_cuda(self) -> bool:
+        """CUDA rounds all operands to the dtype of x, where it leaves the product to torch."""
+        return self.m >= DEQUANTIZE_FROM and self.dtype != torch.float32
 
     def tensors(self) -> dict[str, Any]:
         """The arguments of int4_linear; q beside them, unpacked."""
@@ -151,6 +158,7 @@ class Exact:
     magnitude: Array  # of all terms added
     products: Array  # Σ_k |x| · |W|: rounded weights are wrong by a share of it
     coarse: Array  # the same with the largest |x| of each 128: fixed-point activations
+    narrowed: Array  # |x·lora_aᵀ|·|lora_b|ᵀ + |bias|: wrong by a share of it if in 16 bits
 
     def assert_close(self, y: Tensor, extra: float = 2.0**-14) -> None:
         reference.assert_rounded(y, self.y, self.magnitude, extra=extra)
@@ -172,11 +180,14 @@ def linear(case: Int4Case, tensors: dict[str, Any]) -> Exact:
     largest = padded.reshape(case.m, -1, 128).max(axis=2).repeat(128, axis=1)[:, : case.k]
     products = np.abs(values) @ np.abs(weight).T
     coarse = largest @ np.abs(weight).T
+    narrowed = np.zeros_like(y)
     terms = []
     if outlier_idx is not None:
         terms.append([x[:, outlier_idx.long()], tensors["outlier_weight"].T])
     if tensors["lora_a"] is not None:
         terms.append([x, tensors["lora_a"].T, tensors["lora_b"].T])
+        low_rank = reference.as_float64(x) @ reference.as_float64(tensors["lora_a"]).T
+        narrowed = np.abs(low_rank) @ np.abs(reference.as_float64(tensors["lora_b"])).T
     for factors in terms:
         y = y + np.linalg.multi_dot([np.eye(case.m), *map(reference.as_float64, factors)])
         size = size + np.linalg.multi_dot(
@@ -185,7 +196,8 @@ def linear(case: Int4Case, tensors: dict[str, Any]) -> Exact:
     if tensors["bias"] is not None:
         y = y + reference.as_float64(tensors["bias"])
         size = size + np.abs(reference.as_float64(tensors["bias"]))
-    return Exact(y, size, products, coarse)
+        narrowed = narrowed + np.abs(reference.as_float64(tensors["bias"]))
+    return Exact(y, size, products, coarse, narrowed)
 
 
 def check(backend: Backend, case: Int4Case) -> Tensor:
@@ -201,6 +213,8 @@ def check(backend: Backend, case: Int4Case) -> Tensor:
             errors = errors + 2.0**-15 * exact.coarse  # x in 15 bits
     elif case.dtype == torch.float32:
         errors = errors + 2.0**-15 * exact.magnitude  # x, and in the general way W, as two bfloat16
+    elif case.is_dequantized_on_cuda:
+        errors = errors + reference.ROUNDING[case.dtype] * (exact.products + exact.narrowed)
     elif case.is_general_on_cuda:
         errors = errors + reference.ROUNDING[case.dtype] * exact.products  # W in the dtype of x
     reference.assert_rounded(y, exact.y, errors, extra=1.0)

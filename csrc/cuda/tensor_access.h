@@ -28,6 +28,7 @@ struct DeviceProperties {
   int compute_capability;      // 80, 90, ...
   size_t shared_memory_limit;  // bytes that one block may ask for
   size_t l2_bytes;
+  int64_t workspace_limit;  // bytes of a weight written out for a product at a time
 };
 
 namespace internal {
@@ -73,7 +74,8 @@ inline DeviceProperties device_properties(const Tensor& /*tensor*/) {
   return {.sm_count = 4,
           .compute_capability = 80,
           .shared_memory_limit = emulator::kSharedMemoryLimit,
-          .l2_bytes = 1 << 20};
+          .l2_bytes = 1 << 20,
+          .workspace_limit = 1 << 18};  // small tests cut weights into parts
 }
 
 #else
@@ -126,7 +128,8 @@ inline const DeviceProperties& device_properties(const Tensor& tensor) {
                                                 attribute(cudaDevAttrComputeCapabilityMinor),
                           .shared_memory_limit = static_cast<size_t>(
                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-                          .l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize))};
+                          .l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize)),
+                          .workspace_limit = int64_t{512} << 20};  // 8192 × 28672 in 16 bit
   });
   return properties[device];
 }

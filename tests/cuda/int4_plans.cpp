@@ -58,6 +58,18 @@ void check_plan(const Device& device, int64_t m, int64_t n, int64_t k, bool is_f
   }
 }
 
+// The weight that many tokens are multiplied with is written out in parts, which cover it.
+void check_parts(int64_t n, int64_t columns) {
+  const int64_t limit = int64_t{256} << 20;
+  const int64_t rows = int4_rows_at_once(n, columns, limit);
+  const int64_t parts = int4_blocks_along(n, static_cast<int>(rows));
+  expect(rows >= 1 && rows <= n, "a part has rows", 0, n, columns);
+  expect(rows == n || rows % 256 == 0, "parts are whole tiles", 0, n, columns);
+  expect(2 * rows * columns <= limit || rows <= 256, "parts are bounded", 0, n, columns);
+  expect(parts == 1 || 2 * n * columns > limit, "no parts where all fits", 0, n, columns);
+  expect(parts * (rows - 256) < n, "parts are of like size", 0, n, columns);
+}
+
 template <class Tile>
 void check_resident(int blocks) {
   expect(blocks * (Tile::kSharedBytes + 1024) <= kH200.shared_memory + 1024, "blocks on an SM",
@@ -75,6 +87,13 @@ int main() {
         }
       }
     }
+  }
+  for (int64_t n : {1, 255, 256, 4096, 16384, 16385, 28672, 151936}) {
+    for (int64_t columns : {8, 4096, 8192, 8216, 28672, 1 << 20}) check_parts(n, columns);
+  }
+  for (int64_t m : {int64_t{1}, kInt4DequantizeFrom - 1, kInt4DequantizeFrom, int64_t{16384}}) {
+    expect(int4_dequantizes(m, false) == (m >= 512), "many tokens take torch's product", m, 0, 0);
+    expect(!int4_dequantizes(m, true), "fp32 keeps its two planes", m, 0, 0);
   }
   // What the tiles' comments say of an H200.
   check_resident<Int4Tile8>(2);

@@ -48,16 +48,18 @@ void int4_gemm_fp16(const Int4Product& product, const Int4Plan& plan, cudaStream
 void int4_gemm_bf16(const Int4Product& product, const Int4Plan& plan, cudaStream_t stream);
 void int4_gemm_fp32(const Int4Product& product, const Int4Plan& plan, cudaStream_t stream);
 
-// What comes before the product, in one launch: x in 16 bit, in the order of perm, in rows of whole
-// 16 bytes; low_rank = x·lora_aᵀ; tickets to zero. Each only where its pointer is not null.
+// What comes before the product, in one launch: x in 16 bit, in the order of perm, some columns once
+// more behind them, then zeros, in rows of whole 16 bytes; low_rank = x·lora_aᵀ; tickets to zero. Each only where its pointer is not null.
 struct Int4Preparation {
   const void* x;  // [m, k]
   DType dtype;
   int64_t m, k;
   const int32_t* perm;  // or null
+  const int32_t* appended_idx;
+  int64_t appended;  // columns of x, stored from place k on
   void* high;
   void* low;  // not null if and only if x is fp32 and high is not null
-  int64_t stride;
+  int64_t stride;  // at least k + appended
   MatrixView lora_a;  // [rank, k]
   float* low_rank;    // [m, rank]
   uint32_t* tickets;

@@ -73,14 +73,21 @@ __device__ __forceinline__ SplitBits halves_of(T x) {
   }
 }
 
+// The column of x that stands at place k of a rewritten row; -1 beyond them.
+__device__ __forceinline__ int64_t source_column(const Int4Preparation& p, int64_t k) {
+  if (k < p.k) return p.perm ? p.perm[k] : k;
+  return k - p.k < p.appended ? p.appended_idx[k - p.k] : -1;
+}
+
 template <class T>
 __device__ __forceinline__ void rewrite_eight(const Int4Preparation& p, int64_t m, int64_t k0) {
   const T* row = static_cast<const T*>(p.x) + m * p.k;
   uint32_t high[4] = {}, low[4] = {};
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    if (k0 + i >= p.k) break;
-    const SplitBits bits = halves_of(row[p.perm ? p.perm[k0 + i] : k0 + i]);
+    const int64_t column = source_column(p, k0 + i);
+    if (column < 0) break;
+    const SplitBits bits = halves_of(row[column]);
     high[i / 2] |= bits.high << (i % 2 * 16);
     low[i / 2] |= bits.low << (i % 2 * 16);
   }

@@ -129,6 +129,34 @@ constexpr Int4Plan plan_int4(int64_t m, int64_t n, int64_t k, bool is_fp32, bool
   return plan;
 }
 
+// From this many tokens on, 16-bit x is multiplied by torch's own product (cuBLAS) with the weight
+// written out in 16 bits (int4_dequantized.h) in place of int4_gemm.
+//
+// A projection until a GPU has measured it. int4_gemm is expected at half of cuBLAS's bf16 rate R,
+// for mma.sync and the widening of weights leave that much of a Hopper's tensor cores: 4·M·N·K / R
+// seconds, where cuBLAS takes 2·M·N·K / R. Dequantization moves 0.5 bytes in and 2 out for each
+// weight. The product reads the 2 bytes again, but behind its arithmetic from M = 170 on. At
+// R = 700 TFLOP/s and 3.6 TB/s both ways are equal at M = (2.5 / 3.6e12) · R / 2 = 243; the double
+// leaves room for what is guessed here, for rewriting x, and for the calls of more operators.
+// The dequantization adds 243 / M to cuBLAS's time: 0.68 of its speed at M = 512, 0.95 from
+// M = 4600 on.
+constexpr int64_t kInt4DequantizeFrom = 512;
+
+// fp32 x stays with int4_gemm, whose two bfloat16 planes are finer than TF32.
+constexpr bool int4_dequantizes(int64_t m, bool is_fp32) {
+  return m >= kInt4DequantizeFrom && !is_fp32;
+}
+
+// Rows of the weight that are written out at a time, so that they take at most `limit` bytes if
+// that leaves 256 rows, a tile of cuBLAS's: parts of equal size, the last one may be smaller.
+constexpr int64_t int4_rows_at_once(int64_t n, int64_t columns, int64_t limit) {
+  constexpr int64_t kMultiple = 256;
+  const int64_t most = std::max(limit / (2 * columns) / kMultiple, int64_t{1}) * kMultiple;
+  const int64_t parts = int4_blocks_along(n, static_cast<int>(most));
+  const int64_t rows = (n + parts - 1) / parts;
+  return parts == 1 ? n : (rows + kMultiple - 1) / kMultiple * kMultiple;
+}
+
 // What the parts of all tiles take in global memory: their sums, and a ticket for each tile.
 constexpr int64_t int4_partial_bytes(const Int4Plan& plan, int64_t m, int64_t n) {
   if (plan.parts == 1) return 0;

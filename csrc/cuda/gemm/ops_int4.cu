@@ -4,8 +4,10 @@
 // Nothing waits for the device, so that every operator can be captured in a CUDA graph, except for
 // int4_pack, which is done once for a weight and refuses values that do not fit. Indices and zero
 // points are not looked at before they are used, as that would mean waiting: perm, outlier_idx and
-// g_idx out of range read foreign memory.
+// g_idx out of range read foreign memory. pumice.nn.Int4Linear and the readers of checkpoints look
+// once.
 #include "common/intn_args.h"
+#include "cuda/gemm/int4_dequantized.h"
 #include "cuda/gemm/int4_gemm.h"
 #include "cuda/quantize/int4_weight.h"
 #include "cuda/tensor_access.h"
@@ -52,16 +54,6 @@ Tensor int4_unpack(Tensor qweight, int64_t k, int64_t bits) {
   return q;
 }
 
-// The checked weight with pointers for kernels.
-IntnWeight device_weight(IntnWeight weight, const Tensor& qweight, const Tensor& scales,
-                         const std::optional<Tensor>& zeros, const std::optional<Tensor>& g_idx) {
-  weight.qweight = read_pointer<uint32_t>(qweight);
-  weight.scales = read_pointer<void>(scales);
-  weight.zeros = zeros ? read_pointer<void>(*zeros) : nullptr;
-  weight.g_idx = g_idx ? read_pointer<int32_t>(*g_idx) : nullptr;
-  return weight;
-}
-
 Tensor int4_dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zeros,
                        std::optional<Tensor> g_idx, int64_t k, int64_t group_size, int64_t bits,
                        ScalarType out_dtype) {
@@ -74,7 +66,7 @@ Tensor int4_dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zero
   const DeviceGuard guard(qweight);
   Tensor out = new_empty(qweight, {checked.n, k}, out_dtype);
   dequantize_weight(device_weight(checked, qweight, scales, zeros, g_idx), write_pointer<void>(out),
-                    to_dtype(out_dtype), current_stream(qweight));
+                    k, to_dtype(out_dtype), current_stream(qweight));
   return out;
 }
 
@@ -83,8 +75,8 @@ MatrixView device_matrix(MatrixView view, const std::optional<Tensor>& matrix) {
   return view;
 }
 
-// One launch where x can be read as it is: 16 bit, no perm, rows on boundaries of 16 bytes, no
-// low-rank term. Else, or where K is cut into parts, two.
+// For many tokens see int4_dequantized.h. Else one launch, where x can be read as it is: 16 bit, no
+// perm, rows on boundaries of 16 bytes, no low-rank term; two if not, or where K is cut into parts.
 Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor> zeros,
                    std::optional<Tensor> g_idx, std::optional<Tensor> perm,
                    std::optional<Tensor> bias, std::optional<Tensor> outlier_idx,
@@ -105,11 +97,18 @@ Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor
   const cudaStream_t stream = current_stream(x);
   Tensor y = new_empty(x, shape_with_last(x, n), x.scalar_type());
   if (m == 0) return y;
+  const bool is_fp32 = args.dtype == DType::kFloat32;
+  if (int4_dequantizes(m, is_fp32)) {
+    int4_linear_dequantized(
+        args,
+        {qweight, scales, zeros, g_idx, perm, bias, outlier_idx, outlier_weight, lora_a, lora_b},
+        y);
+    return y;
+  }
 
   const DeviceProperties& device = device_properties(x);
   const IntnWeight weight = device_weight(args.weight, qweight, scales, zeros, g_idx);
   const void* x_data = read_pointer<void>(args.x);
-  const bool is_fp32 = args.dtype == DType::kFloat32;
   const bool rewrites =
       is_fp32 || args.perm || k % 8 != 0 || reinterpret_cast<uintptr_t>(x_data) % 16 != 0;
   const int64_t stride = rewrites ? (k + 7) / 8 * 8 : k;

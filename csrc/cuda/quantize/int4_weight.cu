@@ -114,13 +114,13 @@ __device__ __forceinline__ void store_eight(T* target, const float (&w)[kWindowV
 // kAligned is no argument, as compilers merge the two ways to store, into single elements.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    int4_weight_dequantize(const __grid_constant__ IntnWeight weight, T* out) {
+    int4_weight_dequantize(const __grid_constant__ IntnWeight weight, T* out, int64_t out_stride) {
   const int64_t k0 = unit_index() * kWindowValues;
   if (k0 >= weight.k) return;
   for (int64_t row = blockIdx.y; row < weight.n; row += gridDim.y) {
     float w[kWindowValues];
     dequantize_window(weight, row, unit_index(), w);
-    T* target = out + row * weight.k + k0;
+    T* target = out + row * out_stride + k0;
     if constexpr (kAligned) {
       store_eight(target, w);
     } else {
@@ -154,13 +154,15 @@ void unpack_weight(const uint32_t* qweight, int64_t n, int64_t k, int bits, uint
          stream, qweight, n, k, bits, aligned, q);
 }
 
-void dequantize_weight(const IntnWeight& weight, void* out, DType out_dtype, cudaStream_t stream) {
+void dequantize_weight(const IntnWeight& weight, void* out, int64_t out_stride, DType out_dtype,
+                       cudaStream_t stream) {
   dispatch_element(out_dtype, [&](auto element) {
     using T = decltype(element);
-    const bool aligned = is_aligned(out, 16) && weight.k % kWindowValues == 0;
+    const bool aligned =
+        is_aligned(out, 16) && weight.k % kWindowValues == 0 && out_stride % kWindowValues == 0;
     launch(aligned ? int4_weight_dequantize<T, true> : int4_weight_dequantize<T, false>,
            grid_of((weight.k + kWindowValues - 1) / kWindowValues, weight.n), dim3(kThreads), 0,
-           stream, weight, static_cast<T*>(out));
+           stream, weight, static_cast<T*>(out), out_stride);
   });
 }
 

@@ -14,7 +14,9 @@ void pack_weight(const uint8_t* q, int64_t n, int64_t k, int bits, uint32_t* qwe
 void unpack_weight(const uint32_t* qweight, int64_t n, int64_t k, int bits, uint8_t* q,
                    cudaStream_t stream);
 
-// W [n, k] of out_dtype, K < 2^31.
-void dequantize_weight(const IntnWeight& weight, void* out, DType out_dtype, cudaStream_t stream);
+// W [n, k] of out_dtype, its rows out_stride ≥ k elements apart; what lies between them is left as
+// it is. K < 2^31.
+void dequantize_weight(const IntnWeight& weight, void* out, int64_t out_stride, DType out_dtype,
+                       cudaStream_t stream);
 
 }  // namespace pumice::cuda
