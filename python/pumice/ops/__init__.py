@@ -4,7 +4,8 @@ from pumice.ops import _library
 from pumice.ops.attention import flash_attention, flash_attention_varlen, merge_attention
 from pumice.ops.attention_mask import PackedMask, pack_attention_mask
 from pumice.ops.gemm import int8_linear, int8_mixed_linear
-from pumice.ops.int4 import int4_dequantize, int4_linear, int4_pack, int4_unpack
+from pumice.ops.int4_gemm import int4_linear
+from pumice.ops.int4_weight import int4_dequantize, int4_pack, int4_unpack
 from pumice.ops.quantize import int8_quantize
 
 _library.register("pumice")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pumice.nn import CompressedLinear
-from pumice.ops.int4 import BITS, GROUP_MULTIPLE
+from pumice.ops._int4_checks import BITS, GROUP_MULTIPLE
 
 
 def config_bits(config: Mapping[str, Any], name: str) -> int:
