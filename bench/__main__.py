@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import int4, int8, outlier_weights, readme, results
-from bench.cases import Bench, Case
+from bench import attention, int4, int8, outlier_weights, readme, results
+from bench.cases import Bench, CaseT, Linear
 from bench.machine import describe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -32,11 +32,11 @@ Dtypes = Annotated[str, typer.Option(help="activation types, comma-separated")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice")]
 Seconds = Annotated[float, typer.Option(help="time for each contender and case")]
 Record = Annotated[bool, typer.Option(help="keep the numbers in bench/results")]
-Picture = Annotated[Path | None, typer.Option(help="draw the speed-ups into this file")]
+Picture = Annotated[Path | None, typer.Option(help="draw the numbers into this file")]
 
 
-def command(bench: Bench[Any]) -> Callable[..., None]:
-    """The subcommand of a benchmark."""
+def command(bench: Bench[Linear, Any]) -> Callable[..., None]:
+    """The subcommand of a linear layer's benchmark."""
 
     def run_with_options(
         device: Device = "cpu",
@@ -48,7 +48,12 @@ def command(bench: Bench[Any]) -> Callable[..., None]:
         record: Record = False,
         png: Picture = None,
     ) -> None:
-        run(bench, device, tokens, shapes, dtypes, threads, seconds, record, png)
+        cases = [
+            Linear(int(count), *map(int, shape.split("x")))
+            for shape in (shapes or DEFAULT_SHAPES[device]).split(",")
+            for count in (tokens or DEFAULT_M[device]).split(",")
+        ]
+        run(bench, cases, device, dtypes, threads, seconds, record, png)
 
     return run_with_options
 
@@ -61,11 +66,27 @@ app.command("int4", help="int4 linears, groups of 128, beside torch, aten and on
 )
 
 
+@app.command(name="attention")
+def attention_command(
+    device: Device = "cpu",
+    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
+    dtypes: Dtypes = "",
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    record: Record = False,
+    png: Picture = None,
+) -> None:
+    """Attention beside torch's kernels (flash, cuDNN, memory-efficient, math, flex), flash-attn."""
+    cases = [case for case in attention.CASES[device]() if only in str(case)]
+    if not cases:
+        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
+    run(attention.BENCH, cases, device, dtypes, threads, seconds, record, png)
+
+
 def run(
-    bench: Bench[Any],
+    bench: Bench[CaseT, Any],
+    cases: list[CaseT],
     device: str,
-    tokens: str,
-    shapes: str,
     dtypes: str,
     threads: int,
     seconds: float,
@@ -78,11 +99,6 @@ def run(
         torch.set_num_threads(threads)
     machine = describe(torch.device(device))
     console.print(f"{machine.name}: memory bandwidth {machine.bandwidth / 1e9:.1f} GB/s")
-    cases = [
-        Case(int(count), *map(int, shape.split("x")))
-        for shape in (shapes or DEFAULT_SHAPES[device]).split(",")
-        for count in (tokens or DEFAULT_M[device]).split(",")
-    ]
     rows: list[results.Row] = []
     for name in (dtypes or DEFAULT_DTYPES[device]).split(","):
         rows += bench.run(cases, machine, torch.device(device), DTYPES[name], seconds, console.log)
@@ -90,7 +106,7 @@ def run(
     if record:
         console.print(f"recorded in {results.record(machine, bench.op, rows)}")
     if png:
-        results.plot(rows, f"{bench.op} linear, {machine.name}", png)
+        results.plot(rows, f"{bench.op}, {machine.name}", png)
 
 
 @app.command(name="outlier-weights")

@@ -1,10 +1,10 @@
-"""Running peers over cases: what is the same for every linear layer that is measured."""
+"""Running peers over cases: what is the same for every op that is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -14,11 +14,17 @@ from bench.timing import Contender, measure
 
 BASELINE = "torch"  # torch's own op at the dtype of x: what the others are compared with
 
-InputsT = TypeVar("InputsT")
+
+class Case(Protocol):
+    """A size to measure at; its string names it in the tables."""
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
 
 
 @dataclass(frozen=True)
-class Case:
+class Linear:
     """y[M, N] = x[M, K] @ W[N, K]^T."""
 
     m: int
@@ -27,6 +33,14 @@ class Case:
 
     def __str__(self) -> str:
         return f"M={self.m} N={self.n} K={self.k}"
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+
+CaseT = TypeVar("CaseT", bound=Case)
+InputsT = TypeVar("InputsT")
 
 
 class UnavailableError(Exception):
@@ -38,14 +52,19 @@ Peer = Callable[[InputsT], Contender]
 
 
 @dataclass(frozen=True)
-class Bench(Generic[InputsT]):
+class Bench(Generic[CaseT, InputsT]):
     """One op's benchmark. Contenders of pumice's own begin with "pumice"; its kernels are those of
-    the catalogue whose names begin with the op's."""
+    the catalogue whose names begin with one of `kernel_names`.
+
+    With `rates` the tables show operations a second, beside the most that the floor allows, rather
+    than times."""
 
     op: str
-    make_inputs: Callable[[Case, Machine, torch.device, torch.dtype], InputsT]
+    make_inputs: Callable[[CaseT, Machine, torch.device, torch.dtype], InputsT]
     peers: dict[str, Peer[InputsT]]
-    floor_us: Callable[[Case, Machine, int], float]
+    floor_us: Callable[[CaseT, Machine, torch.dtype], float]
+    kernel_names: tuple[str, ...]
+    rates: bool = False
 
     def kernels(self, device: torch.device) -> tuple[str, ...]:
         from pumice import _C
@@ -53,12 +72,12 @@ class Bench(Generic[InputsT]):
         return tuple(
             kernel["name"]
             for kernel in _C.kernels()
-            if kernel["device"] == device.type and kernel["name"].startswith(self.op)
+            if kernel["device"] == device.type and kernel["name"].startswith(self.kernel_names)
         )
 
     def run(
         self,
-        cases: list[Case],
+        cases: list[CaseT],
         machine: Machine,
         device: torch.device,
         dtype: torch.dtype,
@@ -87,7 +106,8 @@ class Bench(Generic[InputsT]):
                     median_us=timing.median,
                     low_us=timing.low,
                     high_us=timing.high,
-                    floor_us=self.floor_us(case, machine, dtype.itemsize),
+                    floor_us=self.floor_us(case, machine, dtype),
                     baseline_us=timings[BASELINE].median,
                     kernels=kernels if name.startswith("pumice") else (),
+                    operations=case.operations if self.rates else 0,
                 )

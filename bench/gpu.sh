@@ -23,4 +23,5 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 "$python" -m bench int8 --device cuda --record
 "$python" -m bench int4 --device cuda --record
+"$python" -m bench attention --device cuda --record --png "$out/attention.png"
 "$python" -m bench readme

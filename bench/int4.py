@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.cases import BASELINE, Bench, Case, Peer, UnavailableError
+from bench.cases import BASELINE, Bench, Linear, Peer, UnavailableError
 from bench.machine import Machine
 from bench.timing import Contender, copies_beyond_cache
 
@@ -34,7 +34,7 @@ class Inputs:
         return self.qweights[index], self.scales[index]
 
 
-def make_inputs(case: Case, machine: Machine, device: torch.device, dtype: torch.dtype) -> Inputs:
+def make_inputs(case: Linear, machine: Machine, device: torch.device, dtype: torch.dtype) -> Inputs:
     from pumice.ops import int4_pack
 
     generator = torch.Generator().manual_seed(0)
@@ -163,10 +163,10 @@ PEERS: dict[str, Peer[Inputs]] = {
 }
 
 
-def floor_us(case: Case, machine: Machine, itemsize: int) -> float:
-    weight = case.n * case.k // 2 + case.n * -(-case.k // GROUP) * itemsize
-    moved = weight + (case.m * case.k + case.m * case.n) * itemsize
-    return machine.floor_us(moved, 2 * case.m * case.n * case.k, int8=False)
+def floor_us(case: Linear, machine: Machine, dtype: torch.dtype) -> float:
+    weight = case.n * case.k // 2 + case.n * -(-case.k // GROUP) * dtype.itemsize
+    moved = weight + (case.m * case.k + case.m * case.n) * dtype.itemsize
+    return machine.floor_us(moved, case.operations, int8=False)
 
 
-BENCH = Bench("int4", make_inputs, PEERS, floor_us)
+BENCH = Bench("int4", make_inputs, PEERS, floor_us, ("int4",))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from bench.cases import BASELINE, Bench, Case, Peer, UnavailableError
+from bench.cases import BASELINE, Bench, Linear, Peer, UnavailableError
 from bench.machine import Machine
 from bench.timing import Contender, copies_beyond_cache
 
@@ -39,7 +39,7 @@ class Inputs:
         return self.qweights[index], self.scales[index]
 
 
-def make_inputs(case: Case, machine: Machine, device: torch.device, dtype: torch.dtype) -> Inputs:
+def make_inputs(case: Linear, machine: Machine, device: torch.device, dtype: torch.dtype) -> Inputs:
     from pumice.ops import int8_quantize
 
     generator = torch.Generator().manual_seed(0)
@@ -157,9 +157,9 @@ PEERS: dict[str, Peer[Inputs]] = {
 }
 
 
-def floor_us(case: Case, machine: Machine, itemsize: int) -> float:
-    moved = case.n * case.k + (case.m * case.k + case.m * case.n) * itemsize
-    return machine.floor_us(moved, 2 * case.m * case.n * case.k, int8=True)
+def floor_us(case: Linear, machine: Machine, dtype: torch.dtype) -> float:
+    moved = case.n * case.k + (case.m * case.k + case.m * case.n) * dtype.itemsize
+    return machine.floor_us(moved, case.operations, int8=True)
 
 
-BENCH = Bench("int8", make_inputs, PEERS, floor_us)
+BENCH = Bench("int8", make_inputs, PEERS, floor_us, ("int8",))

@@ -1,11 +1,13 @@
 """What the machine can do at best: the numbers that floors are computed from.
 
 Bandwidth is measured in the run itself. Peak operations come from the vendor's data sheet
-for the GPUs listed; for others and for CPUs no operation floor is given.
+for the GPUs listed; for others and for CPUs no operation floor is given, but where a benchmark
+says so the rate of torch's own matrix product takes its place.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 import time
@@ -49,6 +51,14 @@ class Machine:
         peak = self.peak_int8 if int8 else self.peak_16bit
         by_operations = operations / peak if peak else 0.0
         return max(moved / self.bandwidth, by_operations) * 1e6
+
+
+@functools.cache
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of torch's own product of two 2048² matrices, the best of several: what
+    stands in for the peak of a CPU, whose data sheet states none."""
+    a, b = (torch.ones(2048, 2048, dtype=dtype, device=device) for _ in range(2))
+    return 2 * 2048**3 / _seconds(lambda: a @ b, device)
 
 
 def describe(device: torch.device) -> Machine:

@@ -30,10 +30,20 @@ class Row:
     floor_us: float
     baseline_us: float  # the contender that the others are compared with, in the same run
     kernels: tuple[str, ...] = ()  # pumice kernels that ran, as in the catalogue
+    operations: int = 0  # where a rate says more than a time
 
     @property
     def speedup(self) -> float:
         return self.baseline_us / self.median_us
+
+    @property
+    def tflops(self) -> float:
+        return self.operations / self.median_us * 1e-6
+
+    @property
+    def bound_tflops(self) -> float:
+        """The rate at the floor."""
+        return self.operations / self.floor_us * 1e-6
 
 
 def record(machine: Machine, op: str, rows: Iterable[Row], folder: Path = RESULTS) -> Path:
@@ -75,38 +85,74 @@ def rows_of(entry: dict[str, Any]) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Cases down, contenders across: microseconds, and the speed-up over the baseline."""
+    """Cases down, contenders across: microseconds and the speed-up over the baseline. With
+    operations: TFLOP/s, their share of the bound, and the speed-up."""
+    rates = any(row.operations for row in rows)
     contenders = list(dict.fromkeys(row.contender for row in rows))
     cells = {(row.case, row.contender): row for row in rows}
-    lines = ["| µs (× baseline) | floor | " + " | ".join(contenders) + " |"]
+    heading = "TFLOP/s (% of bound, × baseline) | bound" if rates else "µs (× baseline) | floor"
+    lines = [f"| {heading} | " + " | ".join(contenders) + " |"]
     lines.append("|---" * (len(contenders) + 2) + "|")
+    cell, limit = (_rate, _bound) if rates else (_time, _floor)
     for case in dict.fromkeys(row.case for row in rows):
         of_case = [cells.get((case, name)) for name in contenders]
-        floor = min(row.floor_us for row in of_case if row)
-        shown = [f"{_number(r.median_us)} ({r.speedup:.2f})" if r else "–" for r in of_case]
-        lines.append(f"| {case} | {_number(floor)} | " + " | ".join(shown) + " |")
+        shown = [cell(row) if row else "–" for row in of_case]
+        best = min((row for row in of_case if row), key=lambda row: row.floor_us)
+        lines.append(f"| {case} | {limit(best)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
+def _time(row: Row) -> str:
+    return f"{_number(row.median_us)} ({row.speedup:.2f})"
+
+
+def _floor(row: Row) -> str:
+    return _number(row.floor_us)
+
+
+def _rate(row: Row) -> str:
+    share = row.floor_us / row.median_us
+    return f"{_number(row.tflops)} ({share:.0%}, {row.speedup:.2f})"
+
+
+def _bound(row: Row) -> str:
+    return _number(row.bound_tflops)
+
+
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Speed-up over the baseline, a group of bars for each case."""
+    """A group of bars for each case: the speed-up over the baseline, or with operations TFLOP/s,
+    below a line at the bound."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rates = any(row.operations for row in rows)
     cases = list(dict.fromkeys(row.case for row in rows))
     contenders = list(dict.fromkeys(row.contender for row in rows))
     cells = {(row.case, row.contender): row for row in rows}
-    figure, axes = pyplot.subplots(figsize=(max(8, 1.6 * len(cases)), 4.5), layout="constrained")
+    size = (min(40.0, max(8.0, 1.6 * len(cases))), 4.5)
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     width = 0.85 / len(contenders)
     for index, name in enumerate(contenders):
-        heights = [cells[case, name].speedup if (case, name) in cells else 0.0 for case in cases]
+        of_cases = [cells.get((case, name)) for case in cases]
+        heights = [(row.tflops if rates else row.speedup) if row else 0.0 for row in of_cases]
         places = [i + (index - (len(contenders) - 1) / 2) * width for i in range(len(cases))]
         axes.bar(places, heights, width, label=name)
-    axes.axhline(1.0, color="black", linewidth=0.8)
+    if rates:
+        bounds = [next(row.bound_tflops for row in rows if row.case == case) for case in cases]
+        axes.hlines(
+            bounds,
+            [i - 0.45 for i in range(len(cases))],
+            [i + 0.45 for i in range(len(cases))],
+            color="black",
+            linewidth=0.8,
+        )
+        axes.set_ylabel("TFLOP/s")
+    else:
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_ylabel("speed-up over the baseline")
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
-    axes.set_ylabel("speed-up over the baseline")
     axes.set_title(title)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)

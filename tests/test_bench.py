@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from bench import int4, int8, outlier_weights, readme, results
-from bench.cases import Case, UnavailableError
+from bench import attention, int4, int8, outlier_weights, readme, results
+from bench.cases import Linear, UnavailableError
 from bench.machine import Machine, describe
 from bench.timing import Timing, copies_beyond_cache, measure
 
@@ -63,7 +63,7 @@ def test_this_machine_is_described():
 
 def test_int8_bench_measures_every_available_peer():
     told: list[str] = []
-    case = Case(3, 40, 48)
+    case = Linear(3, 40, 48)
     rows = list(
         int8.BENCH.run([case], MACHINE, torch.device("cpu"), torch.float32, 0.01, told.append)
     )
@@ -77,7 +77,7 @@ def test_int8_bench_measures_every_available_peer():
 
 
 def test_contenders_compute_the_same_product():
-    inputs = int8.make_inputs(Case(20, 64, 96), MACHINE, torch.device("cpu"), torch.float32)
+    inputs = int8.make_inputs(Linear(20, 64, 96), MACHINE, torch.device("cpu"), torch.float32)
     reference = int8.PEERS["torch"](inputs)(1)
     for name in ("fbgemm dynamic", "pumice W8A8", "pumice mixed"):
         y = int8.PEERS[name](inputs)(1)
@@ -85,7 +85,7 @@ def test_contenders_compute_the_same_product():
 
 
 def test_int4_contenders_compute_the_same_product():
-    inputs = int4.make_inputs(Case(5, 32, 256), MACHINE, torch.device("cpu"), torch.float32)
+    inputs = int4.make_inputs(Linear(5, 32, 256), MACHINE, torch.device("cpu"), torch.float32)
     scale = inputs.scales[1].repeat_interleave(int4.GROUP, dim=1)
     reference = inputs.x @ ((inputs.q[1].float() - 8) * scale).t()
     compared = 0
@@ -97,6 +97,78 @@ def test_int4_contenders_compute_the_same_product():
         assert (y - reference).norm() < 0.02 * reference.norm(), name
         compared += 1
     assert compared >= 3
+
+
+ATTENTION = [
+    attention.Attention(2, 4, 2, 9, 9, 16, causal=True),
+    attention.Attention(1, 2, 2, 1, 40, 16),
+    attention.Attention(1, 2, 2, 30, 70, 16, causal=True),
+    attention.Attention(1, 4, 4, 70, 70, 16, causal=True, window=5),
+    attention.Attention(1, 4, 1, 33, 33, 16, causal=True, backward=True),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention_contenders_compute_the_same(case):
+    inputs = attention.make_inputs(case, MACHINE, torch.device("cpu"), torch.float32)
+    reference = attention.PEERS["torch"](inputs)(1)
+    compared = set()
+    for name in set(attention.PEERS) - {"torch"}:
+        try:
+            result = attention.PEERS[name](inputs)(1)
+        except UnavailableError:
+            continue
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
+        compared.add(name)
+    assert {"pumice", "torch math"} <= compared
+
+
+def test_attention_counts_what_is_visible():
+    case = attention.Attention(2, 8, 4, 5, 9, 16, causal=True, window=2)
+    assert str(case) == "B=2 H=8/4 S=5/9 D=16 causal window 2 forward"
+    assert case.visible == int(case.mask().sum()) == 5 * 3
+    assert case.operations == 2 * 8 * 4 * 16 * 15
+    square = attention.Attention(1, 1, 1, 6, 6, 8, causal=True)
+    assert square.visible == 21
+    assert square.mask() is None  # is_causal says it
+    full = attention.Attention(1, 1, 1, 6, 6, 8, backward=True)
+    assert full.operations == 4 * 8 * 36 * 3.5
+
+
+def test_attention_floor_is_that_of_the_peak_or_the_bandwidth():
+    gpu = Machine("cuda", "Test", 0, 1e12, 1, 1e15, None)
+    long = attention.Attention(1, 16, 16, 16384, 16384, 128)
+    assert attention.floor_us(long, gpu, torch.bfloat16) == pytest.approx(long.operations / 1e9)
+    decode = attention.Attention(1, 1, 1, 1, 4096, 128)
+    moved = 2 * 128 * (1 + 4096) * 2
+    assert attention.floor_us(decode, gpu, torch.bfloat16) == pytest.approx(moved / 1e6)
+
+
+def test_attention_bench_prints_rates(tmp_path):
+    told: list[str] = []
+    cpu = torch.device("cpu")
+    rows = list(attention.BENCH.run(ATTENTION[:1], MACHINE, cpu, torch.float32, 0.01, told.append))
+    names = {r.contender for r in rows}
+    assert {"torch", "torch math", "pumice"} <= names
+    assert names | {line.split(" skipped")[0] for line in told} == set(attention.PEERS)
+    for r in rows:
+        assert r.tflops == pytest.approx(ATTENTION[0].operations / r.median_us / 1e6)
+        assert (r.kernels != ()) == (r.contender == "pumice")
+    table = results.markdown(rows)
+    assert table.startswith("| TFLOP/s (% of bound, × baseline) | bound | torch |")
+    assert f"| {ATTENTION[0]} float32 |" in table
+    results.plot(rows, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    path = results.record(MACHINE, "attention", rows, tmp_path)
+    assert results.rows_of(results.load(path)[1]["attention"]) == rows
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_cases_have_names_of_their_own(device):
+    cases = attention.CASES[device]()
+    assert len({str(case) for case in cases}) == len(cases)
+    assert any(case.backward for case in cases)
+    assert any(case.window >= 0 for case in cases)
 
 
 def test_record_replaces_only_its_op(tmp_path):
