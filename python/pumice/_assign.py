@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pumice.nn import CompressedLinear
+
 # For each name of the model's state dict, the stored name whose tensor it gets.
 Plan = dict[str, str]
 
@@ -52,7 +54,8 @@ def check_skeleton(
 
     Raises:
         ValueError: a tensor missing, unexpected, of another shape or dtype; one that the model ties
-            to another while the two differ in the checkpoint; a buffer without data.
+            to another while the two differ in the checkpoint; a buffer without data; values that a
+            compressed layer refuses.
     """
     expected = _expected_state(model, replacements)
     plan = _plan(expected, stored.names(), tied)
@@ -81,6 +84,7 @@ def check_skeleton(
             )
     _check_ties(expected, plan, stored)
     _check_no_lost_buffers(model, expected)
+    _check_values(model, replacements, plan, stored)
     return plan
 
 
@@ -123,6 +127,21 @@ def _check_ties(expected: Mapping[str, Tensor], plan: Plan, stored: TensorSource
             raise ValueError(
                 f"the model ties {name!r} to {first!r}, but they differ in the checkpoint"
             )
+
+
+def _check_values(
+    model: nn.Module, replacements: Mapping[str, nn.Module], plan: Plan, stored: TensorSource
+) -> None:
+    """Let each compressed layer look at the values that its kernels will not look at."""
+    for name, layer in {**dict(model.named_modules()), **replacements}.items():
+        if not isinstance(layer, CompressedLinear):
+            continue
+        prefix = f"{name}." if name else ""
+        sources = {key: plan[prefix + key] for key in layer.checked if prefix + key in plan}
+        try:
+            layer.check_values({key: stored.read(source) for key, source in sources.items()})
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _check_no_lost_buffers(model: nn.Module, expected: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from pumice._assign import adopt, check_skeleton
 from pumice._files import new_folder
 from pumice.integrations import is_transformers_model
 from pumice.nn import CompressedLinear, layer_from_config
+from pumice.nn._linear import complete_config
 from pumice.nn._replace import find_linear, replace_modules
 from pumice.quantize import recipe_from_dict
 from pumice.report import Report, attach_report, find_report
@@ -289,7 +290,7 @@ def _has_layer(model: nn.Module, name: str, config: dict[str, Any]) -> bool:
         return False  # find_linear will say so
     if not isinstance(module, CompressedLinear):
         return False
-    if module.config() != config:
+    if module.config() != complete_config(config):
         raise ValueError(
             f"layer {name!r} is compressed already, with {module.config()}, but the checkpoint "
             f"holds {config}"

@@ -272,3 +272,13 @@ def test_an_architecture_that_transformers_lacks(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"'GraniteOfTomorrow'.*pumice\.load\(folder, model\)"):
         pumice.load(tmp_path / "m")
+
+
+@needs_version_5
+def test_from_pretrained_refuses_values_out_of_range(tmp_path):
+    """Kernels on CUDA do not look at them, so that somebody has to."""
+    model = pumice.compress(llama(), pumice.RTN(bits=4, group_size=16, symmetric=False))
+    model.model.layers[1].mlp.up_proj.zeros.fill_(16)
+    pumice.save(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp.up_proj': .*zeros hold 16"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

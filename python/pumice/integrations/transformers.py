@@ -78,6 +78,12 @@ class PumiceQuantizer(HfQuantizer):  # type: ignore[misc]
         return replace_modules(model, layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompressedLinear):
+                try:
+                    layer.check_values(dict(layer.named_buffers(recurse=False)))
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

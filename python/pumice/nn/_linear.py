@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -30,6 +30,10 @@ class CompressedLinear(nn.Module, ABC):
 
     # Names of the constructor's keyword options that describe the layer, stored in checkpoints.
     options: ClassVar[tuple[str, ...]] = ()
+    # Options that older checkpoints lack, and what that means.
+    later_options: ClassVar[dict[str, Any]] = {}
+    # Names of the buffers whose values check_values looks at.
+    checked: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -63,6 +67,15 @@ class CompressedLinear(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out_features, in_features] that the layer multiplies with, made anew."""
+
+    def check_values(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Refuse tensors, by buffer name, with which a kernel would read foreign memory.
+
+        Called once, when the layer is filled: kernels on CUDA do not look.
+
+        Raises:
+            ValueError: a value out of range; the tensor is named.
+        """
 
     @property
     def weight(self) -> Tensor:
@@ -113,7 +126,15 @@ class CompressedLinear(nn.Module, ABC):
                     f"{type(self).__name__}: {prefix + name} must be {buffer.dtype}, but the state "
                     f"dict holds {given.dtype}"
                 )
+        given = {name: state_dict.get(prefix + name) for name in self.checked}
+        self.check_values({n: t for n, t in given.items() if isinstance(t, Tensor)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a layer, with what older checkpoints did not have to say."""
+    layer_type = LAYER_TYPES.get(config.get("type", ""))
+    return {**(layer_type.later_options if layer_type else {}), **config}
 
 
 def layer_from_config(
@@ -123,7 +144,7 @@ def layer_from_config(
     dtype: torch.dtype | None = None,
 ) -> CompressedLinear:
     """The layer that :meth:`CompressedLinear.config` described, its tensors zero."""
-    options = dict(config)
+    options = complete_config(config)
     type_name = options.pop("type", None)
     if type_name not in LAYER_TYPES:
         raise ValueError(

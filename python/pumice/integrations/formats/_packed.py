@@ -121,7 +121,14 @@ class PackedWeight:
 
     @classmethod
     def from_layer(cls, layer: Int4Linear) -> PackedWeight:
-        """The weight of a layer, its columns put back in the order of the inputs."""
+        """The weight of a layer, its columns put back in the order of the inputs.
+
+        Raises:
+            ValueError: a layer with outlier columns or a low-rank term, which no format here has.
+        """
+        for term, count in (("outlier columns", layer.outliers), ("a low-rank term", layer.rank)):
+            if count:
+                raise ValueError(f"it has {term}, for which the format has no place")
         qweight, g_idx = layer.qweight, None
         if layer.perm is not None:
             perm = layer.perm.long()
