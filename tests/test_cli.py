@@ -12,8 +12,8 @@ import torch
 import pumice
 from pumice import cli
 from pumice.integrations.models import load_model
-from pumice.nn import Int8Linear, Int8MixedLinear
-from tiny_llama import save_folder
+from pumice.nn import Int4Linear, Int8Linear, Int8MixedLinear
+from tiny_llama import make_model, make_tokenizer, save_folder
 
 SMALL = ["--text", "pydoc", "--context", "64", "--windows", "3"]
 
@@ -72,6 +72,35 @@ def test_settings_of_any_recipe_are_options(run, folder, tmp_path):
     assert {m.activations for m in compressed.values()} == {"per_tensor"}
     assert run("compress", folder, "--per-element", "--out", tmp_path / "b")[0] == 0
     assert pumice.load(tmp_path / "b").model.layers[0].self_attn.q_proj.per_element is True
+
+
+@pytest.mark.parametrize(
+    ("file_format", "method", "options"),
+    [
+        ("gptq", "gptq", []),
+        ("gptq_v2", "gptq", ["--bits", 8, "--symmetric", "false"]),
+        ("awq", "awq", ["--exclude", "*.mlp.*", "--group-size", -1]),
+        ("compressed-tensors", "compressed-tensors", ["--group-size", -1]),
+    ],
+)
+def test_formats_of_other_libraries(run, folder, tmp_path, file_format, method, options):
+    wide = tmp_path / "wide"  # AWQ needs outputs in eights
+    make_model(width=48, head_dim=16).save_pretrained(wide)
+    make_tokenizer().save_pretrained(wide)
+    settings = ["--recipe", "rtn", "--group-size", 16, *options]
+    assert run("compress", wide, *settings, "--out", tmp_path / "ours")[0] == 0
+    out = tmp_path / "theirs"
+    code, printed, _ = run("compress", wide, *settings, "--format", file_format, "--out", out)
+    assert code == 0
+    assert f"written to {out}" in printed
+    assert not (out / "pumice.json").exists()
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == method
+    ours, theirs = pumice.load(tmp_path / "ours"), pumice.load(out)
+    assert any(isinstance(layer, Int4Linear) for layer in theirs.modules())
+    ids = torch.arange(30).reshape(2, 15)
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert run("eval", out, *SMALL)[0] == 0
 
 
 def test_calibration_shows_in_the_report(run, folder, tmp_path):
@@ -139,6 +168,7 @@ def test_eval_compares_with_a_baseline(run, folder):
         (["compress", "{folder}", "--out", "x", "--threshold", "six"], "threshold"),
         (["compress", "{folder}", "--out", "x", "--include", "*.nope"], "matches none"),
         (["compress", "{folder}", "--out", "x", "--include", "[cli]"], "'[cli]'"),
+        (["compress", "{folder}", "--out", "x", "--format", "gptq"], "cannot be written as 'gptq'"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(
@@ -169,7 +199,13 @@ def test_overwrite(run, folder, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["frobnicate"], ["compress"], ["eval"], ["eval", "{folder}", "--dtype", "int4"]],
+    [
+        ["frobnicate"],
+        ["compress"],
+        ["eval"],
+        ["eval", "{folder}", "--dtype", "int4"],
+        ["compress", "{folder}", "--out", "x", "--format", "gguf"],
+    ],
 )
 def test_a_wrong_command_line_is_exit_code_2(run, folder, arguments):
     code, _, err = run(*(argument.format(folder=folder) for argument in arguments))

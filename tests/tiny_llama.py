@@ -17,7 +17,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def make_model(*, width: int = 36, tied: bool = True) -> nn.Module:
+def make_model(*, width: int = 36, head_dim: int = 12, tied: bool = True) -> nn.Module:
     """Odd sizes on purpose: 36 wide, 69 inner, three heads on one."""
     config = transformers.LlamaConfig(
         vocab_size=256,
@@ -26,7 +26,7 @@ def make_model(*, width: int = 36, tied: bool = True) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=1,
-        head_dim=12,
+        head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
     )

@@ -18,6 +18,7 @@ from pumice import _console
 from pumice.compress import DEFAULT_EXCLUDE
 from pumice.evaluate import model_size, perplexity, throughput
 from pumice.integrations._packages import MissingExtraError
+from pumice.integrations.formats import FORMATS
 from pumice.integrations.models import SAMPLES, load_model
 from pumice.integrations.texts import TEXTS, Split, load_text
 from pumice.quantize import make_recipe, recipe_names
@@ -39,6 +40,7 @@ Model = Annotated[
 ]
 DType = Annotated[str, typer.Option(help=f"Load weights as {', '.join(DTYPES)}; default as saved.")]
 Context = Annotated[int, typer.Option(help="Tokens a window.")]
+_FORMATS = ("pumice", *FORMATS)
 _TEXT_HELP = f"A UTF-8 file, or one of {', '.join(TEXTS)}."
 
 
@@ -96,11 +98,20 @@ def compress(
     ] = "",
     calibration_windows: Annotated[int, typer.Option(help="Windows of it, of 512 tokens.")] = 4,
     dtype: DType = "",
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help=f"Write the folder as one of {', '.join(_FORMATS)}; pumice reads them all.",
+        ),
+    ] = "pumice",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     full: Annotated[bool, typer.Option(help="Report every layer, not a summary.")] = False,
 ) -> None:
     """Compress a model's linear layers and write the result as a folder."""
     method = make_recipe(recipe, **_settings(context.args))
+    if file_format not in _FORMATS:
+        raise typer.BadParameter(f"must be one of {', '.join(_FORMATS)}", param_hint="--format")
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty; choose another, or --overwrite")
     with _console.progress_bars() as bars:
@@ -120,7 +131,7 @@ def compress(
                 progress=lambda done, total, name: advance(done, total),
             )
         _say(bars)(f"writing {out}")
-        pumice.save(compressed, out, tokenizer=tokenizer, overwrite=overwrite)
+        pumice.save(compressed, out, format=file_format, tokenizer=tokenizer, overwrite=overwrite)
     report = pumice.report(compressed)
     if full:
         print(report)
