@@ -19,8 +19,8 @@ import torch
 from rich.progress import Progress
 
 import pumice
-from demo import picture, results
-from demo.methods import LLM_INT8, METHODS, Method
+from demo import attention, picture, results
+from demo.methods import LLM_INT8, METHODS, UNCOMPRESSED, Method
 from pumice import _console
 from pumice.evaluate import model_size, perplexity, throughput
 from pumice.integrations.models import load_model
@@ -39,7 +39,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     with _console.progress_bars() as bars:
-        rows, report = measure(bars, options)
+        rows, report, attention_line = measure(bars, options)
     quality = rows[LLM_INT8.name].quality
     setting = {
         "model": MODEL,
@@ -62,6 +62,7 @@ def main() -> int:
         f"median of {ROUNDS - 1} interleaved rounds"
     )
     console.print(results.table(rows))
+    console.print(attention_line)
     results.store(options.out / "results.json", rows, setting)
     caption = f"SmolLM2-135M ({options.dtype}), {quality.tokens} tokens of Wikipedia"
     picture.draw(options.out / "perplexity.png", rows, caption)
@@ -74,8 +75,8 @@ def main() -> int:
 
 def measure(
     bars: Progress, options: argparse.Namespace
-) -> tuple[dict[str, results.Row], pumice.Report]:
-    """All rows of the table, and the report of LLM.int8()."""
+) -> tuple[dict[str, results.Row], pumice.Report, str]:
+    """All rows of the table, the report of LLM.int8(), and the line on attention."""
 
     def say(line: str) -> None:
         _console.say(bars.console, line)
@@ -108,7 +109,10 @@ def measure(
             if done >= len(rows):
                 row.rounds.append(speed)
             advance(done + 1, ROUNDS * len(rows))
-    return rows, pumice.report(models[LLM_INT8.name])
+    with _console.step(bars, "attention by pumice"):
+        base = rows[UNCOMPRESSED.name]
+        attention_line = attention.line(model, evaluation, base, CONTEXT, options.windows)
+    return rows, pumice.report(models[LLM_INT8.name]), attention_line
 
 
 def _compressed(

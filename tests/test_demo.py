@@ -104,6 +104,9 @@ def test_the_demo_from_end_to_end(tiny, capsys):
     assert f"yes  {LLM_INT8.label}, keeps the model" in printed.out
     assert all(method.label in printed.out for method in METHODS)
     assert "2 × down_proj" in printed.out
+    assert 'attn_implementation="pumice" in place of "sdpa": the same 24 tokens' in (
+        " ".join(printed.out.split())
+    )
     assert "perplexity: uncompressed" in printed.err  # the progress bars
     stored = json.loads((tiny / "results.json").read_text())
     assert stored["setting"]["tokens"] == 3 * 63

@@ -1,0 +1,52 @@
+"""The uncompressed model on pumice's attention: the same tokens and perplexity, and its speed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import pumice.integrations.transformers  # noqa: F401  registers attn_implementation="pumice"
+from demo.results import Row
+from pumice.evaluate import perplexity, throughput
+
+PROMPT, TOKENS = 64, 24
+ROUNDS = 2
+
+
+def line(model: nn.Module, ids: Tensor, base: Row, context: int, windows: int) -> str:
+    """One line of text; the model's own attention is in place again afterwards."""
+    prompt = ids[None, :PROMPT]
+    before = model.config._attn_implementation
+    tokens = generate(model, prompt)
+    model.set_attn_implementation("pumice")
+    try:
+        same = torch.equal(generate(model, prompt), tokens)
+        quality = perplexity(model, ids, context=context, windows=windows)
+        first = base.rounds[0]
+        speed = throughput(
+            model,
+            ids,
+            prefill=first.prefill_tokens,
+            decode=first.decode_tokens,
+            repeats=ROUNDS,
+            warmup=0,
+        )
+    finally:
+        model.set_attn_implementation(before)
+    return (
+        f'attn_implementation="pumice" in place of "{before}": '
+        f"{'the same' if same else 'NOT the same'} {TOKENS} tokens, perplexity "
+        f"{quality.perplexity:.4f} ({base.quality.perplexity:.4f}), prefill {speed.prefill:.0f}/s "
+        f"({base.prefill:.0f}), decode {speed.decode:.1f}/s ({base.decode:.1f})"
+    )
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, prompt: Tensor) -> Tensor:
+    """The tokens that follow, greedily."""
+    output = model(prompt, use_cache=True)
+    tokens = [output.logits[:, -1:].argmax(-1)]
+    while len(tokens) < TOKENS:
+        output = model(tokens[-1], past_key_values=output.past_key_values, use_cache=True)
+        tokens.append(output.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, dim=1)
