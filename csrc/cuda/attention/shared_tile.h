@@ -24,6 +24,20 @@
 
 namespace pumice::cuda {
 
+// A 16-bit element that is neither an infinity nor NaN.
+template <class T>
+__device__ __forceinline__ bool is_finite(uint32_t bits) {
+  constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
+  return (bits & kExponent) != kExponent;
+}
+
+// Of a pair, what is finite; zero for what is not.
+template <class T>
+__device__ __forceinline__ uint32_t finite_or_zero(uint32_t pair) {
+  return (is_finite<T>(pair) ? pair & 0xffffu : 0u) |
+         (is_finite<T>(pair >> 16) ? pair & 0xffff0000u : 0u);
+}
+
 template <int kTileRows, int kTileColumns>
 struct SharedTile {
   static constexpr int kRows = kTileRows;
@@ -41,84 +55,132 @@ struct SharedTile {
     return row * kRowBytes + (chunk ^ swizzle) * 16;
   }
 
+  // How kThreads threads share a tile: each has a column of chunks of every kStep-th row.
+  template <int kThreads>
+  struct Share {
+    static constexpr int kLanes = kWholeLines ? 8 : 4;  // neighbours on one row
+    static constexpr int kStep = kThreads / kLanes;
+    static constexpr int kSteps = (kRows + kStep - 1) / kStep;
+    static constexpr int kChunksOfRow = kChunks / kLanes;
+    static_assert(kThreads % (8 * kLanes) == 0, "a thread's swizzle is one number");
+    int row, chunk;
+    explicit __device__ __forceinline__ Share(int thread)
+        : row(thread / kLanes), chunk(thread % kLanes) {}
+    static __device__ __forceinline__ int beside(int i, int j) {
+      return i * kStep * kRowBytes + j * kLanes * 16;
+    }
+  };
+
   // Starts the copies of the tile by kThreads threads, of which this one is number `thread`; the
   // caller commits. Row r begins at row_source(r), a multiple of 16 bytes; rows from `rows` on and
-  // columns from `columns` (a multiple of 8) on become zero, and no source is asked for them.
+  // columns from `columns` (a multiple of 8) on become zero, and nothing is read for them.
   template <int kThreads, class RowSource>
   static __device__ __forceinline__ void copy(unsigned char* tile, int thread, int rows,
                                               int columns, RowSource&& row_source) {
-    constexpr int kLanes = kWholeLines ? 8 : 4;  // neighbours on one row
-    constexpr int kStep = kThreads / kLanes;  // a multiple of 8: a thread's swizzle is one number
-    constexpr int kSteps = (kRows + kStep - 1) / kStep;
-    static_assert(kThreads % (8 * kLanes) == 0);
-    const int row = thread / kLanes, chunk = thread % kLanes;
-    unsigned char* to = tile + offset(row, chunk);
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (kRows % kStep != 0 && row + i * kStep >= kRows) break;
-      const bool exists = row + i * kStep < rows;
-      const uint16_t* from =
-          exists ? static_cast<const uint16_t*>(row_source(row + i * kStep)) + chunk * 8 : nullptr;
-#pragma unroll
-      for (int j = 0; j < kChunks / kLanes; ++j) {
-        ptx::cp_async_16(to + i * kStep * kRowBytes + j * kLanes * 16, from + j * kLanes * 8,
-                         exists && (chunk + j * kLanes) * 8 < columns);
-      }
-    }
+    const Share<kThreads> mine(thread);
+    copy_rows(mine, tile, rows, columns, [&](int i) {
+      const void* row = row_source(mine.row + i * mine.kStep);
+      return static_cast<const unsigned char*>(row);
+    });
+  }
+
+  // The same where row r begins at first + r · stride (bytes): an addition a row.
+  template <int kThreads>
+  static __device__ __forceinline__ void copy_strided(unsigned char* tile, int thread, int rows,
+                                                      int columns, const unsigned char* first,
+                                                      int64_t stride) {
+    const Share<kThreads> mine(thread);
+    const unsigned char* next = first + mine.row * stride;
+    copy_rows(mine, tile, rows, columns, [&](int) {
+      const unsigned char* row = next;
+      next += mine.kStep * stride;
+      return row;
+    });
   }
 
   // Whether one of the elements that this thread copied by copy<kThreads>(), and has waited for, is
   // an infinity or NaN of the 16-bit type.
   template <class T, int kThreads>
   static __device__ __forceinline__ bool copied_non_finite(const unsigned char* tile, int thread) {
-    constexpr int kLanes = kWholeLines ? 8 : 4, kStep = kThreads / kLanes;
-    constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
-    const int row = thread / kLanes, chunk = thread % kLanes;
+    using Mine = Share<kThreads>;
+    const Mine mine(thread);
+    const unsigned char* first = tile + offset(mine.row, mine.chunk);
     bool found = false;
-    for (int i = 0; row + i * kStep < kRows; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < Mine::kSteps && mine.row + i * Mine::kStep < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kChunks / kLanes; ++j) {
-        const uint4 words = *reinterpret_cast<const uint4*>(
-            tile + offset(row, chunk) + i * kStep * kRowBytes + j * kLanes * 16);
+      for (int j = 0; j < Mine::kChunksOfRow; ++j) {
+        const uint4 words = *reinterpret_cast<const uint4*>(first + mine.beside(i, j));
         for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
-          found |= (word & kExponent) == kExponent || (word >> 16 & kExponent) == kExponent;
+          found |= !is_finite<T>(word) || !is_finite<T>(word >> 16);
         }
       }
     }
     return found;
   }
 
+  // What lies `rows` rows (a multiple of 8) below and `chunks` chunks (an even number) beside the
+  // place of row r, chunk c < 2. Both are known when the program is compiled, or the same for all
+  // lanes: the bits that the swizzle takes from r do not change, and those of the chunk pass
+  // through.
+  static __device__ __forceinline__ int beside(int place, int rows, int chunks) {
+    constexpr int kMixed = kWholeLines ? 7 : 3;
+    return (place ^ (chunks & kMixed) * 16) + (chunks & ~kMixed) * 16 + rows * kRowBytes;
+  }
+  // The place of a lane's row in the first four matrices of a tile: in the order of A's registers
+  // (top left, bottom left, top right, bottom right), or with the middle ones exchanged.
+  static __device__ __forceinline__ int down_first(int lane) {
+    return offset(lane % 16, lane / 16);
+  }
+  static __device__ __forceinline__ int across_first(int lane) {
+    return offset(lane / 16 * 8 + lane % 8, lane / 8 & 1);
+  }
+
   // A: 16 rows from `row`, 16 columns (along K) from 16·k.
   static __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile,
-                                                int row, int k) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4(a, tile + offset(row + lane % 16, 2 * k + lane / 16));
+                                                int row, int k, int lane = lane_index()) {
+    ptx::ldmatrix_x4(a, tile + beside(down_first(lane), row, 2 * k));
   }
 
   // Aᵀ: 16 columns from 16·m are the operand's rows, 16 rows from `k` run along K.
   static __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4],
-                                                           const unsigned char* tile, int m,
-                                                           int k) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(a, tile + offset(k + lane / 16 * 8 + lane % 8, 2 * m + (lane / 8 & 1)));
+                                                           const unsigned char* tile, int m, int k,
+                                                           int lane = lane_index()) {
+    ptx::ldmatrix_x4_trans(a, tile + beside(across_first(lane), k, 2 * m));
   }
 
   // Two B: rows row .. row + 7 and row + 8 .. row + 15 are columns of the product; K as in load_a.
   static __device__ __forceinline__ void load_b(uint32_t (&b)[2][2], const unsigned char* tile,
-                                                int row, int k) {
-    const int lane = lane_index();
+                                                int row, int k, int lane = lane_index()) {
     ptx::ldmatrix_x4(b[0][0], b[0][1], b[1][0], b[1][1],
-                     tile + offset(row + lane / 16 * 8 + lane % 8, 2 * k + (lane / 8 & 1)));
+                     tile + beside(across_first(lane), row, 2 * k));
   }
 
   // Two B, transposed: 16 rows from `row` run along K, columns 16·n .. +7 and 16·n + 8 .. +15 are
   // those of the product.
   static __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2],
                                                            const unsigned char* tile, int row,
-                                                           int n) {
-    const int lane = lane_index();
+                                                           int n, int lane = lane_index()) {
     ptx::ldmatrix_x4_trans(b[0][0], b[0][1], b[1][0], b[1][1],
-                           tile + offset(row + lane % 16, 2 * n + lane / 16));
+                           tile + beside(down_first(lane), row, 2 * n));
+  }
+
+ private:
+  template <class Mine, class RowOfStep>
+  static __device__ __forceinline__ void copy_rows(const Mine& mine, unsigned char* tile, int rows,
+                                                   int columns, RowOfStep&& row_of_step) {
+    unsigned char* to = tile + offset(mine.row, mine.chunk);
+#pragma unroll
+    for (int i = 0; i < Mine::kSteps; ++i) {
+      if (kRows % Mine::kStep != 0 && mine.row + i * Mine::kStep >= kRows) break;
+      const bool exists = mine.row + i * Mine::kStep < rows;
+      const unsigned char* from = row_of_step(i) + mine.chunk * 16;
+#pragma unroll
+      for (int j = 0; j < Mine::kChunksOfRow; ++j) {
+        ptx::cp_async_16(to + mine.beside(i, j), from + j * Mine::kLanes * 16,
+                         exists && (mine.chunk + j * Mine::kLanes) * 8 < columns);
+      }
+    }
   }
 };
 
