@@ -134,9 +134,9 @@ def test_packed(error: type[Exception], message: str, changed: dict[str, Any]) -
 def test_sequences_of_2_29_tokens_are_refused() -> None:
     long = torch.ones(1, 1, 1, 1).expand(1, 2**29, 1, 1)
     short = long[:, :1]
-    with pytest.raises(ValueError, match=r"sequences of key must be shorter than 2\^29"):
+    with pytest.raises(ValueError, match=r"shorter than 2\^29, but .* key has 536870912"):
         pumice.ops.flash_attention(short, long, long)
-    with pytest.raises(ValueError, match="sequences of query must be shorter"):
+    with pytest.raises(ValueError, match="query has 536870912 tokens"):
         pumice.ops.flash_attention(long, short, short)
 
 

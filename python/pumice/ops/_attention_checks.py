@@ -34,6 +34,10 @@ def is_int(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
+def written(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
 class Sizes(NamedTuple):
     """B, H, S_q and S_k of a call."""
 
@@ -55,56 +59,56 @@ def check_qkv(op: str, query: Any, key: Any, value: Any, packed: bool) -> Sizes:
         check_dtype(op, name, tensor, (query.dtype,))
         check_same_device(op, name, tensor, "query", query)
     check_kernels(op, query)
-    form = "[total, heads, dim]" if packed else "[batch, sequence, heads, dim]"
-    rank = 3 if packed else 4
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != rank:
-            raise ValueError(f"{op}: {name} must have shape {form}, not {shape_of(tensor)}")
-    queries, heads, head_dim = query.shape[-3:]
-    keys, kv_heads, key_dim = key.shape[-3:]
+    # Each shape is asked for once: a call that decodes one token is a few microseconds in all.
+    shapes = (query.shape, key.shape, value.shape)
+    for name, shape in zip(("query", "key", "value"), shapes, strict=True):
+        if len(shape) != (3 if packed else 4):
+            form = "[total, heads, dim]" if packed else "[batch, sequence, heads, dim]"
+            raise ValueError(f"{op}: {name} must have shape {form}, not {written(shape)}")
+    *batches, queries, heads, head_dim = shapes[0]
+    *key_batches, keys, kv_heads, key_dim = shapes[1]
+    *value_batches, value_keys, value_heads, value_dim = shapes[2]
     if head_dim < 1 or heads < 1:
         raise ValueError(
             f"{op}: query must have at least one head, of at least one dimension, not shape "
-            f"{shape_of(query)}"
+            f"{written(shapes[0])}"
         )
     if key_dim != head_dim:
         raise ValueError(
             f"{op}: the head dim of key must be that of query, {head_dim}, but key has shape "
-            f"{shape_of(key)}"
+            f"{written(shapes[1])}"
         )
     if kv_heads < 1 or heads % kv_heads != 0:
         raise ValueError(
             f"{op}: the heads of query must be a multiple of those of key (one or more query heads "
             f"for each KV head), but query has {heads} and key has {kv_heads}"
         )
-    if value.shape[:-1] != key.shape[:-1] or value.shape[-1] < 1:
-        raise ValueError(
-            f"{op}: value must have the shape of key {shape_of(key)} but for its last dimension, "
-            f"at least 1, not {shape_of(value)}"
-        )
-    batch = 0
-    if not packed:
-        batch = query.shape[0]
-        if key.shape[0] != batch:
-            raise ValueError(
-                f"{op}: query and key must have one batch size, but their shapes are "
-                f"{shape_of(query)} and {shape_of(key)}"
-            )
-        check_length(op, "query", queries)
-        check_length(op, "key", keys)
-    if query.device.type == "cuda" and (
-        head_dim > CUDA_HEAD_DIM or value.shape[-1] > CUDA_HEAD_DIM
+    if (
+        value_keys != keys
+        or value_heads != kv_heads
+        or value_batches != key_batches
+        or value_dim < 1
     ):
         raise ValueError(
-            f"{op}: on CUDA the head dims of query and value can be at most {CUDA_HEAD_DIM}, not "
-            f"{head_dim} and {value.shape[-1]}; the CPU takes any"
+            f"{op}: value must have the shape of key {written(shapes[1])} but for its last "
+            f"dimension, at least 1, not {written(shapes[2])}"
         )
-    return Sizes(batch, heads, queries, keys)
-
-
-def check_length(op: str, name: str, length: int) -> None:
-    if length >= SEQUENCE_LIMIT:
-        raise ValueError(f"{op}: sequences of {name} must be shorter than 2^29, not {length}")
+    if batches != key_batches:
+        raise ValueError(
+            f"{op}: query and key must have one batch size, but their shapes are "
+            f"{written(shapes[0])} and {written(shapes[1])}"
+        )
+    if not packed and (queries >= SEQUENCE_LIMIT or keys >= SEQUENCE_LIMIT):
+        raise ValueError(
+            f"{op}: sequences must be shorter than 2^29, but query has {queries} tokens and key "
+            f"has {keys}"
+        )
+    if query.is_cuda and (head_dim > CUDA_HEAD_DIM or value_dim > CUDA_HEAD_DIM):
+        raise ValueError(
+            f"{op}: on CUDA the head dims of query and value can be at most {CUDA_HEAD_DIM}, not "
+            f"{head_dim} and {value_dim}; the CPU takes any"
+        )
+    return Sizes(batches[0] if batches else 0, heads, queries, keys)
 
 
 def check_cu_seqlens(op: str, cu_seqlens_q: Any, cu_seqlens_k: Any, query: Tensor) -> int:
@@ -195,6 +199,9 @@ def global_positions(
 
     The index is int32 [G] or [B, G], ascending, padded at its end by NO_POSITION.
     """
+    if is_int(global_tokens):
+        check_count(op, "global_tokens", global_tokens)
+        return global_tokens, None
     if isinstance(global_tokens, Tensor):
         check_dtype(op, "global_tokens", global_tokens, INDEX)
         check_same_device(op, "global_tokens", global_tokens, "query", query)
@@ -213,13 +220,10 @@ def global_positions(
             return 0, None
         positions = sorted(set(global_tokens))
         return 0, torch.tensor(positions, dtype=torch.int32, device=query.device)
-    if not is_int(global_tokens):
-        raise TypeError(
-            f"{op}: global_tokens must be an int (so many tokens from the start), or positions: a "
-            f"sequence of ints or an int32 or int64 tensor, not {type(global_tokens).__name__}"
-        )
-    check_count(op, "global_tokens", global_tokens)
-    return global_tokens, None
+    raise TypeError(
+        f"{op}: global_tokens must be an int (so many tokens from the start), or positions: a "
+        f"sequence of ints or an int32 or int64 tensor, not {type(global_tokens).__name__}"
+    )
 
 
 def check_parts(op: str, outs: Any, lses: Any) -> None:
