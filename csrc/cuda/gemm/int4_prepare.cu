@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kBlocksPerSm = 4;    // told to ptxas, which spills for a fifth one
 constexpr int kEight = 8;          // neighbours along K of a thread
 constexpr int kTokensOfBlock = 8;  // of a low-rank product
 
@@ -74,9 +75,10 @@ __device__ __forceinline__ SplitBits halves_of(T x) {
 }
 
 // The column of x that stands at place k of a rewritten row; -1 beyond them.
-__device__ __forceinline__ int64_t source_column(const Int4Preparation& p, int64_t k) {
-  if (k < p.k) return p.perm ? p.perm[k] : k;
-  return k - p.k < p.appended ? p.appended_idx[k - p.k] : -1;
+__device__ __forceinline__ int source_column(const Int4Preparation& p, int k) {
+  const int width = static_cast<int>(p.k);
+  if (k < width) return p.perm ? p.perm[k] : k;
+  return k - width < static_cast<int>(p.appended) ? p.appended_idx[k - width] : -1;
 }
 
 template <class T>
@@ -85,7 +87,7 @@ __device__ __forceinline__ void rewrite_eight(const Int4Preparation& p, int64_t 
   uint32_t high[4] = {}, low[4] = {};
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    const int64_t column = source_column(p, k0 + i);
+    const int column = source_column(p, static_cast<int>(k0) + i);
     if (column < 0) break;
     const SplitBits bits = halves_of(row[column]);
     high[i / 2] |= bits.high << (i % 2 * 16);
@@ -133,7 +135,7 @@ __device__ __forceinline__ void multiply_low_rank(const Int4Preparation& p, int6
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     int4_prepare_kernel(const __grid_constant__ Int4Preparation p, int rewriting_blocks,
                         int64_t blocks_of_row, bool aligned) {
   const auto block = static_cast<int64_t>(blockIdx.x);
