@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +14,7 @@ import pumice
 import reference
 from backends import Backend
 from cases import FLOATS
+from pairwise import pairwise
 from reference import Array
 
 DEQUANTIZE_FROM = 512  # rows of x: kInt4DequantizeFrom in csrc/cuda/gemm/int4_tiles.h
@@ -238,34 +237,7 @@ AXES: dict[str, Sequence[Any]] = {
 }
 
 
-def pairwise() -> list[Int4Case]:
-    """Cases in which every pair of values of every two axes occurs (greedily few)."""
-    chosen = random.Random(0)
-    names = list(AXES)
-    missing = {
-        (a, i, b, j)
-        for a, b in itertools.combinations(names, 2)
-        for i, j in itertools.product(range(len(AXES[a])), range(len(AXES[b])))
-    }
-
-    def covered(row: dict[str, int]) -> set[tuple[str, int, str, int]]:
-        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
-
-    cases = []
-    while missing:
-        # Rows that begin with a pair that is missing: the best of a few dozen.
-        a, i, b, j = next(iter(sorted(missing)))
-        rows = [
-            {name: chosen.randrange(len(AXES[name])) for name in names} | {a: i, b: j}
-            for _ in range(40)
-        ]
-        best = max(rows, key=lambda row: len(covered(row) & missing))
-        missing -= covered(best)
-        cases.append(Int4Case(seed=len(cases), **{name: AXES[name][best[name]] for name in names}))
-    return cases
-
-
-PAIRS = pairwise()
+PAIRS = [Int4Case(seed=seed, **row) for seed, row in enumerate(pairwise(AXES))]
 
 
 def fitted(backend: Backend, case: Int4Case) -> Int4Case:

@@ -29,6 +29,8 @@ def forbid(address: int) -> None:
 
 def guarded(tensor: Tensor, at_end: bool) -> Tensor:
     """A copy that ends right before (or begins right after) a page that cannot be read."""
+    if tensor.numel() == 0:
+        return tensor
     size = tensor.numel() * tensor.element_size()
     inside = -(-size // PAGE) * PAGE
     memory = mmap.mmap(-1, inside + 2 * PAGE)
@@ -76,6 +78,54 @@ def int4() -> None:
                 )
 
 
+def attention() -> None:
+    """Dense and packed, with every tensor that a call can have; then the gradients."""
+    g = torch.Generator().manual_seed(2)
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    masks = itertools.cycle(
+        ({}, {"causal": True}, {"causal": True, "window": (5, 0), "sink_tokens": 2}, {"bits": 1})
+    )
+    dims = ((64, 64), (33, 17), (128, 40), (1, 5), (15, 100))
+    for (queries, keys), (dim, value_dim) in itertools.product(
+        ((1, 67), (5, 129), (70, 33), (3, 0)), dims
+    ):
+        dtype, mask = next(dtypes), dict(next(masks))
+        has_bits = mask.pop("bits", 0)
+        tensors = {
+            "query": torch.randn(2, queries, 4, dim, generator=g).to(dtype),
+            "key": torch.randn(2, keys, 2, dim, generator=g).to(dtype),
+            "value": torch.randn(2, keys, 2, value_dim, generator=g).to(dtype),
+            "sinks": torch.rand(4, generator=g),
+            "alibi_slopes": torch.rand(2, 4, generator=g),
+            "global_tokens": torch.tensor([[3, -1], [1, 2]]),
+        }
+        seen = torch.rand(2, 1, queries, keys, generator=g) < 0.5
+        for at_end in (False, True):
+            inputs = {name: guarded(tensor, at_end) for name, tensor in tensors.items()}
+            if has_bits:
+                bits, blocks, shape = pumice.ops.pack_attention_mask(guarded(seen, at_end))
+                bits, blocks = guarded(bits, at_end), guarded(blocks, at_end)
+                mask["mask"] = pumice.ops.PackedMask(bits, blocks, shape)
+            leaves = [inputs.pop(name).requires_grad_() for name in ("query", "key", "value")]
+            out, lse = pumice.ops.flash_attention(*leaves, **inputs, **mask, return_lse=True)
+            grads = torch.randn(out.shape, generator=g).to(dtype), torch.ones_like(lse)
+            torch.autograd.backward((out, lse), tuple(guarded(x, at_end) for x in grads))
+            mask.pop("mask", None)
+            offsets = [torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (queries, keys)]
+            pumice.ops.flash_attention_varlen(
+                *(x.detach().flatten(0, 1) for x in leaves),
+                *(guarded(x, at_end) for x in offsets),
+                max_seqlen_q=queries,
+                max_seqlen_k=keys,
+                **inputs,
+                **mask,
+            )
+            parts = out.detach()[None].expand(3, -1, -1, -1, -1), lse.detach()[None]
+            pumice.ops.merge_attention(
+                guarded(parts[0], at_end), guarded(parts[1].expand(3, -1, -1, -1), at_end)
+            )
+
+
 def main() -> None:
     if sys.argv[1:] == ["past-the-end"]:  # the fault this program is about
         ctypes.string_at(guarded(torch.zeros(5), at_end=True).data_ptr(), 21)
@@ -94,6 +144,7 @@ def main() -> None:
             pumice.ops.int8_linear(qs, scale, *weight, out_dtype=dtype)
             pumice.ops.int8_mixed_linear(xs, *weight)
     int4()
+    attention()
     print("done")
 
 
