@@ -11,7 +11,17 @@ import torch
 
 import attention_cases
 import pumice
-from attention_cases import AXES, PAIRS, AttentionCase, check, fitted, inputs, of_axes, run
+from attention_cases import (
+    AXES,
+    PAIRS,
+    AttentionCase,
+    check,
+    fitted,
+    inputs,
+    of_axes,
+    offsets,
+    run,
+)
 from backends import Backend
 from cases import FLOATS
 
@@ -227,3 +237,28 @@ def test_operands_beyond_2_31_elements(backend: Backend, far_operand: int) -> No
     wide = buffer.as_strided((1, 5, 1, 16), (0, far, 16, 1))
     operands[far_operand] = wide.copy_(operands[far_operand])
     assert torch.equal(pumice.ops.flash_attention(*operands, causal=True), expected)
+
+
+@pytest.mark.parametrize("shape", [(1200, 3, 64), (1, 3, 70000), (70000, 1, 1), (1, 4300000, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_than_65535_of_everything(
+    backend: Backend, shape: tuple[int, int, int], packed: bool
+) -> None:
+    """Sequences, heads, tiles of queries: past what a side of a CUDA grid can be."""
+    if backend.name == "emulated":
+        pytest.skip("too much for the emulator")
+    batch, queries, heads = shape
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(*shape, 8, generator=g).half().to(backend.device)
+    k = torch.zeros(batch, 2, 1, 8, dtype=torch.float16, device=backend.device)
+    v = torch.randn(batch, 2, 1, 8, generator=g).half().to(backend.device)
+    if packed:
+        cu = (offsets([queries] * batch), offsets([2] * batch))
+        out = pumice.ops.flash_attention_varlen(
+            *(x.flatten(0, 1) for x in (q, k, v)), *(x.to(backend.device) for x in cu),
+            max_seqlen_q=queries, max_seqlen_k=2,
+        ).view_as(q)  # fmt: skip
+    else:
+        out = pumice.ops.flash_attention(q, k, v)
+    mean = v.float().mean(dim=1, keepdim=True).half()  # keys of 0 weigh the same
+    assert (out - mean).abs().max() <= 2e-3
