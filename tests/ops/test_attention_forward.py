@@ -247,7 +247,7 @@ def test_more_than_65535_of_everything(
     """Sequences, heads, tiles of queries: past what a side of a CUDA grid can be."""
     if backend.name == "emulated":
         pytest.skip("too much for the emulator")
-    batch, queries, heads = shape
+    batch, queries, _ = shape
     g = torch.Generator().manual_seed(0)
     q = torch.randn(*shape, 8, generator=g).half().to(backend.device)
     k = torch.zeros(batch, 2, 1, 8, dtype=torch.float16, device=backend.device)
