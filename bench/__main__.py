@@ -61,7 +61,7 @@ def command(bench: Bench[Linear, Any]) -> Callable[..., None]:
 app.command("int8", help="W8A8 and LLM.int8() linears beside torch, fbgemm, aten, bitsandbytes.")(
     command(int8.BENCH)
 )
-app.command("int4", help="int4 linears, groups of 128, beside torch, aten and onnxruntime.")(
+app.command("int4", help="int4 linears, groups of 128, beside torch, aten, onnxruntime, ggml.")(
     command(int4.BENCH)
 )
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from bench.cases import BASELINE, Bench, Linear, Peer, UnavailableError
+from bench.ggml import ggml_product
 from bench.machine import Machine
 from bench.timing import Contender, copies_beyond_cache
 
@@ -153,11 +154,25 @@ def onnxruntime_matmul(inputs: Inputs, accuracy_level: int) -> Contender:
     return lambda i: sessions[i % len(sessions)].run(None, x)[0]
 
 
+def ggml_mul_mat(inputs: Inputs, kind: str) -> Contender:
+    """ggml on its own quantization of the same weights; its activations are int8 as well."""
+    # Checked first, as the weights take a while.
+    if inputs.x.device.type != "cpu" or inputs.x.dtype != torch.float32:
+        raise UnavailableError("CPU and float32 only")
+    weights = [
+        (q.float() - 8) * scales.float().repeat_interleave(GROUP, 1)[:, : q.shape[1]]
+        for q, scales in zip(inputs.q, inputs.scales, strict=True)
+    ]
+    return ggml_product(inputs.x, weights, kind)
+
+
 PEERS: dict[str, Peer[Inputs]] = {
     BASELINE: torch_linear,
     "aten int4pack": aten_int4pack,
     "onnxruntime level 0": lambda inputs: onnxruntime_matmul(inputs, 0),
     "onnxruntime level 4": lambda inputs: onnxruntime_matmul(inputs, 4),
+    "ggml q4_0": lambda inputs: ggml_mul_mat(inputs, "q4_0"),
+    "ggml q4_K": lambda inputs: ggml_mul_mat(inputs, "q4_K"),
     "pumice": pumice_exact,
     "pumice int8 activations": pumice_int8_activation,
 }

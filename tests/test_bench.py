@@ -94,7 +94,9 @@ def test_int4_contenders_compute_the_same_product():
             y = torch.as_tensor(int4.PEERS[name](inputs)(1)).reshape(5, 32)
         except UnavailableError:
             continue
-        assert (y - reference).norm() < 0.02 * reference.norm(), name
+        # ggml rounds the weights once more, into groups of its own.
+        limit = 0.12 if name.startswith("ggml") else 0.02
+        assert (y - reference).norm() < limit * reference.norm(), name
         compared += 1
     assert compared >= 3
 
