@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
         is_index_masked: Tensor,
         is_index_global_attn: Tensor,
         is_global_attn: bool,
-        output_attentions: bool = False,
+        **_: object,
     ) -> tuple[Tensor]:
         layer, side = self.source, self.source.one_sided_attn_window_size
         mask = ~is_index_masked[:, None, None, :] if is_index_masked.any() else None

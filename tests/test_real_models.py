@@ -4,6 +4,7 @@ glassllm is small enough for every run and comes with the extra [test]. SmolLM2-
 where it has been fetched before (``make demo`` does), or where PUMICE_NETWORK_TESTS=1 allows it.
 """
 
+import copy
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 
 import pumice
+import pumice.integrations.transformers
 from pumice.evaluate import Perplexity, perplexity
 from pumice.integrations._packages import cache_dir
 from pumice.integrations.models import load_model
@@ -141,6 +143,31 @@ def test_smollm2_shows_what_the_paper_is_about(smollm2, recipe, least, most):
     compressed = perplexity(pumice.compress(model, recipe), ids, windows=WINDOWS)
     ratio, _ = compressed.relative_to(base)
     assert least <= ratio <= most
+
+
+@needs_smollm2
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smollm2_is_the_same_model_with_pumices_attention(smollm2, dtype):
+    """Against "eager", whose scores are a matrix in plain torch."""
+    model, ids, _ = smollm2
+    eager, ours = (copy.deepcopy(model).to(dtype) for _ in range(2))
+    eager.set_attn_implementation("eager")
+    ours.set_attn_implementation("pumice")
+    base, quality = (perplexity(m, ids, windows=4) for m in (eager, ours))
+    ratio, _ = quality.relative_to(base)
+    # bfloat16 rounds at 2^-8, and either rounds elsewhere.
+    assert ratio == pytest.approx(1.0, abs=1e-5 if dtype == torch.float32 else 3e-3)
+    if dtype != torch.float32:
+        return  # where two tokens are nearly as likely, rounding chooses
+    prompts = torch.stack([ids[:40], ids[1000:1040]])
+    mask = torch.ones_like(prompts)
+    mask[1, :13] = 0  # a shorter prompt, padded on the left
+    arguments = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    tokens = [m.generate(prompts, pad_token_id=0, **arguments) for m in (eager, ours)]
+    assert torch.equal(*tokens)
+    assert tokens[0].shape == (2, 64)
 
 
 @needs_smollm2

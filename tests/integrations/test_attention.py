@@ -15,6 +15,7 @@ from pumice.integrations import attention
 COMMON = {"vocab_size": 61, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**COMMON, "intermediate_size": 56, "num_key_value_heads": 2, "pad_token_id": 0}
 WINDOW = 6
+VERSION_4 = transformers.__version__.startswith("4")
 # Sinks, a window in every other layer, experts.
 GPT_OSS = {
     **GROUPED,
@@ -215,6 +216,7 @@ def test_a_mask_of_ones_own(form, calls):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(VERSION_4, reason="transformers 5 gave encoders the interface")
 def test_encoders():
     """Masks in both directions, with and without a window; cross attention of other lengths."""
     small = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 56}
@@ -279,10 +281,10 @@ def test_autocast_and_16_bit():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "mistral, window"])
-def test_compiles_as_one_graph(name):
+@pytest.mark.skipif(VERSION_4, reason="transformers 4 does not compile as one graph")
+def test_compiles_as_one_graph():
     torch._dynamo.reset()
-    ours = with_pumice(build(name))
+    ours = with_pumice(build("mistral, window"))
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (17, 12):
         given = {"input_ids": ids(tokens=tokens), "use_cache": False}
@@ -294,7 +296,7 @@ def test_compiles_as_one_graph(name):
 
 def mask_of(function=masking_utils.causal_mask_function, queries=17, keys=17, padded=None, **more):
     options = {"q_offset": keys - queries, "kv_offset": 0, "attention_mask": padded, **more}
-    if transformers.__version__.startswith("4"):
+    if VERSION_4:
         start = options.pop("q_offset")
         options["cache_position"] = torch.arange(start, start + queries)
     else:
@@ -315,7 +317,8 @@ def test_what_an_operator_can_say_itself_needs_no_mask():
     assert mask_of(queries=4) is None
     assert mask_of(padded=torch.ones(3, 17, dtype=torch.bool)) is None
     assert mask_of(SLIDING, queries=WINDOW, keys=WINDOW) is None
-    assert mask_of(masking_utils.bidirectional_mask_function) is None
+    if not VERSION_4:
+        assert mask_of(masking_utils.bidirectional_mask_function) is None
 
 
 def test_a_window_is_told_without_a_matrix():
@@ -334,6 +337,8 @@ def test_padding_is_a_mask_of_keys():
     assert mask.shape == (3, WINDOW, 17)
     assert torch.equal(mask[:, 0], padded)
     assert bytes_of(mask) <= bytes_of(padded)
+    if VERSION_4:
+        return
     both = mask_of(masking_utils.bidirectional_mask_function, padded=padded)
     assert both.shape == (3, 1, 17, 17)
     assert bytes_of(both) <= bytes_of(padded)

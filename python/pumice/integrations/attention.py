@@ -10,7 +10,7 @@ Two functions are registered. :func:`attention_mask` makes the mask once for all
 
 =======================  ===========================================================================
 ``None``                 nothing is hidden but by the layer's own causality and ``sliding_window``
-``[B, S_k]``             the same, and keys that are padding are hidden from all
+``[B, S_k]``             causal, and keys that are padding are hidden from all
 ``[B, W, S_k]``          the same with a window of W tokens; all W rows are one (no memory)
 ``[B, 1, S_q, S_k]``     the whole truth: any pattern (packed sequences, chunks, prefixes, trees)
 =======================  ===========================================================================
@@ -65,7 +65,7 @@ def attention_forward(
     """One layer's attention, as transformers calls it.
 
     Args:
-        module: the layer; its ``is_causal`` counts where the argument is None.
+        module: the layer; its ``is_causal`` counts where there is no mask and no argument.
         query: [B, H, S_q, D]. key, value: [B, H_kv, S_k, D] and [B, H_kv, S_k, D_v].
         attention_mask: one of the forms above; an additive float mask of 0 and -inf (or the
             smallest number) is taken as the boolean one it stands for.
@@ -82,12 +82,13 @@ def attention_forward(
     """
     _refuse(dropout, kwargs)
     query, key, value = _one_dtype(query, key, value)
-    window = sliding_window
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = attention_mask
-    if mask is not None and mask.dim() == 4:
+    window, mask = sliding_window, attention_mask
+    if mask is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    elif mask.dim() == 4:
         mask, causal, window = _boolean(mask), False, None
-    elif mask is not None:
+    else:
+        causal = True
         if mask.dim() == 3:
             window, mask = mask.shape[1], mask[:, 0]
         # A static cache is longer than what was written into it.
@@ -99,7 +100,7 @@ def attention_forward(
         key.transpose(1, 2),
         value.transpose(1, 2),
         softmax_scale=scaling,
-        causal=bool(causal),
+        causal=causal,
         window=(reach, -1 if causal else reach),
         sinks=s_aux,
         softcap=softcap or 0.0,
@@ -134,6 +135,7 @@ def attention_mask(
     if q_length is None:  # transformers 4 gives the positions themselves
         cache_position: Tensor = kwargs["cache_position"]
         queries, q_offset = cache_position.shape[0], cache_position[0]
+        kwargs["device"] = cache_position.device
     else:
         queries = q_length
         kwargs |= {"q_length": q_length, "q_offset": q_offset}
@@ -156,22 +158,23 @@ def attention_mask(
         q_offset = int(q_offset)
     # Keys that exist: the operator has the last query stand at the last key.
     keys = q_offset + queries - kv_offset if causal else kv_length
-    hidden: Tensor | None = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if hidden is not None:
-        hidden = hidden[:, kv_offset : kv_offset + keys]
-        if not torch.compiler.is_compiling() and bool(hidden.all()):
-            hidden = None
+    seen: Tensor | None = None
+    if attention_mask is not None:
+        missing = max(0, kv_offset + keys - attention_mask.shape[1])
+        seen = nn.functional.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + keys]
+        if not torch.compiler.is_compiling() and bool(seen.all()):
+            seen = None
     if window is not None and window >= keys:
         window = None
-    if not causal and hidden is not None:
-        # A layer may still call itself causal: four dimensions leave no doubt, and cost no memory.
-        return hidden[:, None, None].expand(-1, -1, queries, -1)
-    if hidden is None and window is None and keys == kv_length:
+    if not causal and seen is not None:
+        # Two dimensions would mean a causal one. This has the memory of a row.
+        return seen[:, None, None].expand(-1, -1, queries, -1)
+    if seen is None and window is None and keys == kv_length:
         return None
-    if hidden is None:
-        device = kwargs.get("device", "cpu" if attention_mask is None else attention_mask.device)
-        hidden = torch.ones(1, keys, dtype=torch.bool, device=device).expand(batch_size, keys)
-    return hidden if window is None else hidden[:, None].expand(-1, window, -1)
+    if seen is None:
+        seen = torch.ones(1, keys, dtype=torch.bool, device=kwargs.get("device"))
+        seen = seen.expand(batch_size, keys)
+    return seen if window is None else seen[:, None].expand(-1, window, -1)
 
 
 def _every_element(elements: dict[str, Any]) -> Tensor:
@@ -188,7 +191,7 @@ def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, int | None] | Non
     """
     if mask_function is masking_utils.causal_mask_function:
         return True, None
-    if mask_function is masking_utils.bidirectional_mask_function:
+    if mask_function is getattr(masking_utils, "bidirectional_mask_function", None):
         return False, None
     if torch.compiler.is_compiling():
         return None
