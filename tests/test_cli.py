@@ -117,6 +117,17 @@ def test_calibration_shows_in_the_report(run, folder, tmp_path):
     assert all(layer.relative_error for layer in layers)
 
 
+def test_a_warning_is_one_line(run, folder, tmp_path):
+    options = ["--recipe", "gptq", "--group-size", 16, "--calibrate", "pydoc"]
+    code, _, err = run(
+        "compress", folder, *options, "--calibration-windows", 1, "--out", tmp_path / "small"
+    )
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if "GPTQ" in line or "Warning" in line]
+    assert line.startswith("warning: GPTQ: 128 calibration tokens are few for the 36 inputs of ")
+    assert line.endswith("fit the sample less")
+
+
 def test_eval_prints_what_it_measured(run, folder):
     code, out, err = run("eval", folder, *SMALL)
     assert code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,14 +54,22 @@ def progress_bars() -> Progress:
 
 @contextmanager
 def step(bars: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
-    """One bar, moved by calling what is yielded with (done, total)."""
+    """One bar, moved by calling what is yielded with (done, total).
+
+    Warnings on the way are a line each above it, without the place in the code.
+    """
     task = bars.add_task(description, total=None)
 
     def advance(done: int, total: int) -> None:
         bars.update(task, completed=done, total=total)
 
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        say(bars.console, f"warning: {' '.join(str(message).split())}", style="yellow")
+
     try:
-        yield advance
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield advance
     finally:
         bars.stop_task(task)
 

@@ -12,7 +12,7 @@ from tiny_lm import IDS, TinyLm, assert_unchanged, compressed, state_of
 from tiny_transformers import build, samples
 
 pytest.importorskip("safetensors")
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are fewer")
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
 
 
 class KilledError(Exception):

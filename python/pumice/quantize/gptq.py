@@ -135,9 +135,8 @@ class GPTQStage(Stage):
         if tokens < _TOKENS_PER_FEATURE * features and not self._warned:
             self._warned = True
             warnings.warn(
-                f"GPTQ: {tokens} calibration tokens are fewer than {_TOKENS_PER_FEATURE} times the "
-                f"{features} input features of {block.full_name(name)}: it may fit the sample "
-                "rather than the data it stands for, and end no better than RTN. Use more, or a "
-                "larger damp (0.1 to 1)",
+                f"GPTQ: {tokens} calibration tokens are few for the {features} inputs of "
+                f"{block.full_name(name)}, {_TOKENS_PER_FEATURE} an input or a damp of 0.1 to 1 "
+                "fit the sample less",
                 stacklevel=2,
             )
