@@ -22,7 +22,7 @@ from attention_cases import (
     offsets,
     run,
 )
-from backends import Backend
+from backends import Backend, backend_named
 from cases import FLOATS
 
 
@@ -74,8 +74,6 @@ def test_head_dims(backend: Backend, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dims", [(512, 512), (576, 512), (300, 700), (8, 1000)])
 def test_wide_heads_on_the_cpu(dims: tuple[int, int], dtype: torch.dtype) -> None:
-    from backends import backend_named
-
     case = AttentionCase(batch=1, queries=40, keys=130, dim=dims[0], value_dim=dims[1],
                          dtype=dtype, mask="causal")  # fmt: skip
     check(backend_named("cpu"), case)
@@ -223,18 +221,24 @@ def test_expanded_operands(backend: Backend) -> None:
     torch.testing.assert_close(out, value[:, :9].repeat_interleave(2, dim=2))
 
 
+def available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.parametrize("far_operand", [0, 1, 2])
 def test_operands_beyond_2_31_elements(backend: Backend, far_operand: int) -> None:
     """Tokens 2^30 elements apart, the last beyond what an int32 counts. Memory that nobody touches
-    takes none, on the CPU."""
-    if backend.name == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of device memory")
+    takes none, on the CPU; the emulator mirrors it."""
+    if backend.name == "emulated" and (far_operand != 1 or available_memory() < 12 * 2**30):
+        pytest.skip("once, and with 12 GiB of free memory")
+    if backend.name == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
     far = 2**30
     g = torch.Generator().manual_seed(0)
-    operands = list(torch.randn(3, 1, 5, 1, 16, generator=g).half().to(backend.device))
+    operands = list(torch.randn(3, 1, 3, 1, 16, generator=g).half().to(backend.device))
     expected = pumice.ops.flash_attention(*operands, causal=True)
-    buffer = torch.empty(4 * far + 16, dtype=torch.float16, device=backend.device)
-    wide = buffer.as_strided((1, 5, 1, 16), (0, far, 16, 1))
+    buffer = torch.empty(2 * far + 16, dtype=torch.float16, device=backend.device)
+    wide = buffer.as_strided((1, 3, 1, 16), (0, far, 16, 1))
     operands[far_operand] = wide.copy_(operands[far_operand])
     assert torch.equal(pumice.ops.flash_attention(*operands, causal=True), expected)
 
