@@ -26,6 +26,9 @@ from bench.machine import Machine, matmul_peak
 from bench.timing import Contender, copies_beyond_cache
 
 
+MOST_SCORES = 8 << 30  # bytes of the matrix of scores that torch's math kernel may make
+
+
 @dataclass(frozen=True)
 class Attention:
     """B sequences of S_q queries and S_k keys, H heads on H_kv of key and value."""
@@ -142,6 +145,14 @@ def torch_sdpa(inputs: Inputs, backend: SDPBackend | None = None) -> Contender:
     return contender(inputs, forward)
 
 
+def torch_math(inputs: Inputs) -> Contender:
+    case = inputs.case
+    scores = 4 * case.batch * case.heads * case.queries * case.keys
+    if scores > MOST_SCORES:
+        raise UnavailableError(f"its scores alone would take {scores / (1 << 30):.0f} GB")
+    return torch_sdpa(inputs, SDPBackend.MATH)
+
+
 def torch_flex(inputs: Inputs) -> Contender:
     """FlexAttention, compiled, with a block mask made beforehand."""
     if inputs.first.device.type != "cuda":
@@ -223,7 +234,7 @@ PEERS: dict[str, Peer[Inputs]] = {
     "torch flash": lambda inputs: torch_sdpa(inputs, SDPBackend.FLASH_ATTENTION),
     "torch cuDNN": lambda inputs: torch_sdpa(inputs, SDPBackend.CUDNN_ATTENTION),
     "torch mem-efficient": lambda inputs: torch_sdpa(inputs, SDPBackend.EFFICIENT_ATTENTION),
-    "torch math": lambda inputs: torch_sdpa(inputs, SDPBackend.MATH),
+    "torch math": torch_math,
     "torch flex": torch_flex,
     "flash-attn": flash_attn,
     "pumice": pumice_flash,
