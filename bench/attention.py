@@ -25,7 +25,6 @@ from bench.cases import BASELINE, Bench, Peer, UnavailableError
 from bench.machine import Machine, matmul_peak
 from bench.timing import Contender, copies_beyond_cache
 
-
 MOST_SCORES = 8 << 30  # bytes of the matrix of scores that torch's math kernel may make
 
 

@@ -86,7 +86,7 @@ def attention_forward(
     if mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     elif mask.dim() == 4:
-        mask, causal, window = _boolean(mask), False, None
+        mask, causal, window = _boolean(mask)[..., : key.shape[2]], False, None
     else:
         causal = True
         if mask.dim() == 3:
