@@ -11,4 +11,17 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/gemm/int4_gemm_bf16.cu
   csrc/cuda/gemm/int4_gemm_fp32.cu
   csrc/cuda/gemm/int4_dequantized.cu
-  csrc/cuda/gemm/ops_int4.cu)
+  csrc/cuda/gemm/ops_int4.cu
+  csrc/cuda/attention/flash_forward_fp16.cu
+  csrc/cuda/attention/flash_forward_bf16.cu
+  csrc/cuda/attention/flash_forward_fp32.cu
+  csrc/cuda/attention/flash_merge.cu
+  csrc/cuda/attention/merge_attention.cu
+  csrc/cuda/attention/attention_mask_pack.cu
+  csrc/cuda/attention/attention_align.cu
+  csrc/cuda/attention/ops_attention.cu
+  csrc/cuda/attention/flash_backward_rows.cu
+  csrc/cuda/attention/flash_backward_fp16.cu
+  csrc/cuda/attention/flash_backward_bf16.cu
+  csrc/cuda/attention/flash_backward_fp32.cu
+  csrc/cuda/attention/ops_attention_backward.cu)

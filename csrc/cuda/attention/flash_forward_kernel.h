@@ -4,6 +4,7 @@
 
 #include "cuda/attention/flash_epilogue.h"
 #include "cuda/attention/flash_forward.h"
+#include "cuda/attention/flash_outside.h"
 #include "cuda/launch.h"
 
 namespace pumice::cuda {
@@ -11,6 +12,7 @@ namespace pumice::cuda {
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ FlashForward call) {
+  store_outside<T>(call);
   using Block = FlashBlock<ContiguousKeys>;
   static_assert(sizeof(Block) <= Tile::kBlockBytes);
   auto* shared = dynamic_shared_memory<unsigned char>();

@@ -20,6 +20,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -56,6 +57,7 @@ struct FlashTile {
   static constexpr int kBlockOffset = kRingOffset + kRing * kSlotBytes;
   static constexpr int kBlockBytes = 384;  // flash_mainloop.h: FlashBlock
   static constexpr size_t kSharedBytes = kBlockOffset + kBlockBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from sm_80 on");
 
   // Results leave by way of the memory of the queries; the sums of warps along the keys, in fp32,
   // by that of the ring.
@@ -149,13 +151,17 @@ PUMICE_HOST_DEVICE int32_t flash_part_begin(const BlockWalk& walk, int32_t part,
   return place < prefix ? place : smaller(end, first + (place - prefix));
 }
 
+// A mask that differs by head cannot be asked of a tile with several.
+inline int64_t flash_pack(const AttentionProblem& problem) {
+  return problem.mask.bits_head_stride != 0 ? 1 : problem.group();
+}
+
 // The plan for sequences of more than `rows_above` and up to `rows_up_to` rows (queries × pack).
 inline FlashPlan plan_flash(const AttentionProblem& problem, int32_t tile_rows, int32_t slots,
                             int32_t min_keys, int64_t rows_above, int64_t rows_up_to) {
   FlashPlan plan;
-  const bool mask_by_head = problem.mask.bits_head_stride != 0;
   plan.tile_rows = tile_rows;
-  plan.pack = mask_by_head ? 1 : static_cast<int32_t>(problem.group());
+  plan.pack = static_cast<int32_t>(flash_pack(problem));
   plan.grid_heads = static_cast<int32_t>(problem.heads / plan.pack);
   plan.rows_above = static_cast<int32_t>(rows_above);
   plan.rows_up_to = static_cast<int32_t>(std::min<int64_t>(rows_up_to, INT32_MAX));
@@ -183,12 +189,59 @@ inline FlashPlan plan_flash(const AttentionProblem& problem, int32_t tile_rows, 
   return plan;
 }
 
+// The plans of a call: which tiles serve which sequences. With cu_seqlens the host does not know
+// the lengths, so that both kernels may be launched, each to find its own sequences; a sequence's
+// tile does not depend on the others.
+struct FlashPlans {
+  std::array<FlashPlan, 2> plan;
+  int count = 0;
+};
+
+// Rows of the tile for many queries.
+constexpr int32_t flash_long_rows(int64_t head_dim, int64_t value_dim) {
+  const bool wide = head_dim > FlashTile192::kHeadDim || value_dim > FlashTile192::kValueDim;
+  return wide ? FlashTile256::kRows : FlashTile128::kRows;
+}
+
+// A part costs its partial results and a place in the merge, so that keys are cut only where that
+// fills SMs which else have nothing to do: to one block on each with 64 rows or more, whose partial
+// results are large; to two with few rows, where it is bytes under way that count.
+inline FlashPlans plan_flash_calls(const AttentionProblem& problem, int sm_count) {
+  FlashPlans plans;
+  if (problem.dtype == DType::kFloat32) {
+    plans.plan[plans.count++] =
+        plan_flash(problem, kFlashRowsFp32, 2 * sm_count, 256, 0, INT32_MAX);
+    return plans;
+  }
+  const int64_t rows = problem.max_q * flash_pack(problem);
+  if (rows <= kFlashShortRows || problem.packed()) {
+    plans.plan[plans.count++] =
+        plan_flash(problem, kFlashShortRows, 2 * sm_count, 256, 0, kFlashShortRows);
+  }
+  if (rows > kFlashShortRows) {
+    plans.plan[plans.count++] =
+        plan_flash(problem, flash_long_rows(problem.head_dim, problem.value_dim), sm_count, 512,
+                   kFlashShortRows, INT32_MAX);
+  }
+  return plans;
+}
+
+constexpr int64_t flash_blocks(const FlashPlan& plan, int64_t batch) {
+  return batch * plan.grid_heads * plan.items;
+}
+
 // Rows of partial results of a call, each of `flash_partial_columns` numbers and an lse.
 inline int64_t flash_partial_rows(const FlashPlan& plan, int64_t batch) {
   return batch * plan.slab_items * plan.slab_rows;
 }
 PUMICE_HOST_DEVICE int64_t flash_partial_columns(int64_t value_dim) {
   return (value_dim + 3) / 4 * 4;
+}
+
+// Rows of a sequence's results that may have to be merged: those of all heads, where parts > 1.
+inline int64_t flash_merged_rows(const FlashPlan& plan, const AttentionProblem& problem) {
+  const int64_t rows = std::min<int64_t>(problem.max_q * plan.pack, plan.rows_up_to);
+  return std::min<int64_t>(rows * plan.grid_heads, int64_t{plan.slots} / 2 * plan.tile_rows);
 }
 
 // Where row `row` of tile `tile` and part `part` keeps its partial result.
