@@ -10,7 +10,8 @@
 // of columns is padded to kBlockPad. A tile of c, kTileRows by kTileVectors registers, stays in
 // registers while l runs: each step loads kTileVectors registers and kTileRows elements for
 // kTileRows · kTileVectors multiply-adds. The sum over l runs upwards from 0 for every element of
-// c, whatever tile it falls into: a row's bits do not depend on the rows beside it.
+// c, whatever tile it falls into, and only then joins what was there: a row's bits do not depend on
+// the rows beside it, and long sums made of many products round like short ones.
 #pragma once
 
 #include <cstdint>
@@ -58,9 +59,7 @@ void multiply_tile(const LeftOperand& a, const float* b, int64_t b_stride, float
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = kAccumulate ? load(c + i * c_stride + j * kLanes) : zero();
-    }
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = zero();
   }
   const float* left = a.data;
   const int64_t row = a.row, step = a.step;
@@ -78,7 +77,10 @@ void multiply_tile(const LeftOperand& a, const float* b, int64_t b_stride, float
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* at = c + i * c_stride + j * kLanes;
+      store(at, kAccumulate ? add(load(at), sum[i][j]) : sum[i][j]);
+    }
   }
 }
 

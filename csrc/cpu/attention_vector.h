@@ -30,8 +30,9 @@ PUMICE_VECTOR Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 PUMICE_VECTOR Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 // a·b + c
 PUMICE_VECTOR Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// The greater of the two; x where either is NaN.
+// The greater or lesser of the two; x where either is NaN.
 PUMICE_VECTOR Vec maximum(Vec bound, Vec x) { return _mm512_max_ps(bound, x); }
+PUMICE_VECTOR Vec minimum(Vec bound, Vec x) { return _mm512_min_ps(bound, x); }
 PUMICE_VECTOR Vec magnitude(Vec x) { return _mm512_abs_ps(x); }
 // Lane i of x where bit i of `bits` is set, else of `otherwise`.
 PUMICE_VECTOR Vec select(uint32_t bits, Vec x, Vec otherwise) {
@@ -42,7 +43,7 @@ PUMICE_VECTOR uint32_t less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP
 PUMICE_VECTOR Vec round_to_integer(Vec x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// x · 2^n, n an integer not below -252
+// x · 2^n for integers -126 ≤ n ≤ 127
 PUMICE_VECTOR Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 PUMICE_VECTOR float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 
@@ -60,6 +61,7 @@ PUMICE_VECTOR Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 PUMICE_VECTOR Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 PUMICE_VECTOR Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 PUMICE_VECTOR Vec maximum(Vec bound, Vec x) { return _mm256_max_ps(bound, x); }
+PUMICE_VECTOR Vec minimum(Vec bound, Vec x) { return _mm256_min_ps(bound, x); }
 PUMICE_VECTOR Vec magnitude(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 PUMICE_VECTOR Vec select(uint32_t bits, Vec x, Vec otherwise) {
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -72,14 +74,9 @@ PUMICE_VECTOR uint32_t less(Vec a, Vec b) {
 PUMICE_VECTOR Vec round_to_integer(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// In two steps, for 2^n alone may be no normal number.
 PUMICE_VECTOR Vec times_power_of_two(Vec x, Vec n) {
-  const __m256i exponent = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(exponent, 1);
-  const auto power = [](__m256i e) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
-  };
-  const Vec scaled = _mm256_mul_ps(x, power(half));
-  return _mm256_mul_ps(scaled, power(_mm256_sub_epi32(exponent, half)));
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 PUMICE_VECTOR float sum(Vec x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -107,6 +104,7 @@ PUMICE_VECTOR Vec multiply(Vec a, Vec b) { return a * b; }
 PUMICE_VECTOR Vec divide(Vec a, Vec b) { return a / b; }
 PUMICE_VECTOR Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // not fused
 PUMICE_VECTOR Vec maximum(Vec bound, Vec x) { return bound > x ? bound : x; }
+PUMICE_VECTOR Vec minimum(Vec bound, Vec x) { return bound < x ? bound : x; }
 PUMICE_VECTOR Vec magnitude(Vec x) { return x < 0.0f ? -x : x; }
 PUMICE_VECTOR Vec select(uint32_t bits, Vec x, Vec otherwise) {
   const IntVec lane_bit = {1, 2, 4, 8};
@@ -122,9 +120,7 @@ PUMICE_VECTOR Vec round_to_integer(Vec x) {
   return magnitude(x) < 0x1p22f ? rounded : x;
 }
 PUMICE_VECTOR Vec times_power_of_two(Vec x, Vec n) {
-  const IntVec exponent = __builtin_convertvector(n, IntVec), half = exponent >> 1;
-  const auto power = [](IntVec e) { return reinterpret_cast<Vec>((e + 127) << 23); };
-  return x * power(half) * power(exponent - half);
+  return x * reinterpret_cast<Vec>((__builtin_convertvector(n, IntVec) + 127) << 23);
 }
 PUMICE_VECTOR float sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 

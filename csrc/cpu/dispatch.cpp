@@ -14,6 +14,16 @@ namespace pumice::cpu {
 #define PUMICE_SELECT(table) (portable::table)
 #endif
 
+const AttentionForwardKernels& attention_forward_kernels() {
+  static const AttentionForwardKernels& kernels = PUMICE_SELECT(attention_forward_kernels);
+  return kernels;
+}
+
+const AttentionMergeKernels& attention_merge_kernels() {
+  static const AttentionMergeKernels& kernels = PUMICE_SELECT(attention_merge_kernels);
+  return kernels;
+}
+
 const Int8QuantizeKernels& int8_quantize_kernels() {
   static const Int8QuantizeKernels& kernels = PUMICE_SELECT(int8_quantize_kernels);
   return kernels;

@@ -1,11 +1,14 @@
 // The kernels of the instruction set in use (isa.h), chosen once.
 #pragma once
 
+#include "cpu/attention_forward.h"
 #include "cpu/int4_kernels.h"
 #include "cpu/int8_kernels.h"
 
 namespace pumice::cpu {
 
+const AttentionForwardKernels& attention_forward_kernels();
+const AttentionMergeKernels& attention_merge_kernels();
 const Int8QuantizeKernels& int8_quantize_kernels();
 const Int8GemmKernels& int8_gemm_kernels();
 const Int4WeightKernels& int4_weight_kernels();

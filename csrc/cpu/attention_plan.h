@@ -1,0 +1,115 @@
+// How the operator cuts attention into tasks: by sequence, heads of one KV head, queries and, where
+// that gives few tasks over many keys, by keys.
+//
+// A cut along keys changes the order of summation, so where it lies may depend on nothing but the
+// sequence itself: a row's bits are the same in any batch and on any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "cpu/attention_forward.h"
+#include "cpu/workspace.h"
+
+namespace pumice::cpu {
+
+// Keys of a part, at least: the merge then is a thousandth of the work.
+constexpr int64_t kPartKeys = 1024;
+// Sequences with as many tasks as this are not cut along keys.
+constexpr int64_t kEnoughTasks = 32;
+
+struct SequencePlan {
+  int64_t batch;
+  int32_t q_len, k_len;
+  int64_t first_query,
+      first_key;  // tokens, from the beginning of the batch or of the packed tensor
+  int64_t first_task;
+  int64_t parts, part_keys;  // along keys
+  int64_t partial;           // index of its first partial row where parts > 1
+};
+
+class AttentionPlan {
+ public:
+  explicit AttentionPlan(const AttentionProblem& problem) : problem_(problem) {
+    // Heads of a KV head share its keys as rows of one task, unless each has a mask of its own.
+    heads_ = problem.mask.bits_head_stride != 0 ? 1 : std::min<int64_t>(problem.group(), kTaskRows);
+    queries_ = kTaskRows / heads_;
+    head_chunks_ = problem.kv_heads * ceil_div(problem.group(), heads_);
+    for (int64_t b = 0; b < problem.batch; ++b) add(b);
+  }
+
+  int64_t tasks() const { return tasks_; }
+  int64_t partial_rows() const { return partial_rows_; }
+  const std::vector<SequencePlan>& sequences() const { return sequences_; }
+
+  const SequencePlan& sequence_of(int64_t task) const {
+    const auto after = std::upper_bound(
+        sequences_.begin(), sequences_.end(), task,
+        [](int64_t value, const SequencePlan& sequence) { return value < sequence.first_task; });
+    return *(after - 1);
+  }
+
+  // The task without its outputs, and which part of the keys it is.
+  int64_t describe(const SequencePlan& sequence, int64_t index, AttentionTask& task) const {
+    index -= sequence.first_task;
+    const int64_t part = index % sequence.parts;
+    index /= sequence.parts;
+    const int64_t blocks = ceil_div(sequence.q_len, queries_);
+    // The last queries first: under a causal mask they see most, and short tasks at the end leave
+    // no thread waiting.
+    const int64_t block = blocks - 1 - index / head_chunks_, chunk = index % head_chunks_;
+    const int64_t chunks = head_chunks_ / problem_.kv_heads;
+    const int64_t in_group = chunk % chunks * heads_;
+    task.batch = sequence.batch;
+    task.head = chunk / chunks * problem_.group() + in_group;
+    task.heads = static_cast<int32_t>(std::min(heads_, problem_.group() - in_group));
+    task.q_len = sequence.q_len;
+    task.k_len = sequence.k_len;
+    task.m0 = static_cast<int32_t>(block * queries_);
+    task.m1 = static_cast<int32_t>(std::min<int64_t>(task.m0 + queries_, sequence.q_len));
+    task.n0 = static_cast<int32_t>(part * sequence.part_keys);
+    task.n1 = static_cast<int32_t>(std::min<int64_t>(task.n0 + sequence.part_keys, sequence.k_len));
+    const auto offset = [&](const TokenView& view, int64_t token) {
+      return (problem_.packed() ? 0 : sequence.batch * view.batch_stride) +
+             token * view.token_stride;
+    };
+    task.query = offset(problem_.query, sequence.first_query);
+    task.key = offset(problem_.key, sequence.first_key);
+    task.value = offset(problem_.value, sequence.first_key);
+    return part;
+  }
+
+ private:
+  void add(int64_t b) {
+    SequencePlan sequence{};
+    sequence.batch = b;
+    if (problem_.packed()) {
+      sequence.first_query = problem_.cu_seqlens_q[b];
+      sequence.first_key = problem_.cu_seqlens_k[b];
+      sequence.q_len = problem_.cu_seqlens_q[b + 1] - problem_.cu_seqlens_q[b];
+      sequence.k_len = problem_.cu_seqlens_k[b + 1] - problem_.cu_seqlens_k[b];
+    } else {
+      sequence.q_len = static_cast<int32_t>(problem_.max_q);
+      sequence.k_len = static_cast<int32_t>(problem_.max_k);
+    }
+    if (sequence.q_len == 0) return;
+    const int64_t whole = ceil_div(sequence.q_len, queries_) * head_chunks_;
+    const int64_t wanted = std::min(ceil_div(kEnoughTasks, whole), sequence.k_len / kPartKeys);
+    sequence.part_keys = std::max<int64_t>(kPartKeys, sequence.k_len);
+    if (wanted > 1) sequence.part_keys = ceil_div(ceil_div(sequence.k_len, wanted), 64) * 64;
+    sequence.parts = std::max<int64_t>(1, ceil_div(sequence.k_len, sequence.part_keys));
+    sequence.first_task = tasks_;
+    tasks_ += whole * sequence.parts;
+    sequence.partial = partial_rows_;
+    if (sequence.parts > 1) partial_rows_ += sequence.parts * sequence.q_len * problem_.heads;
+    sequences_.push_back(sequence);
+  }
+
+  const AttentionProblem& problem_;
+  int64_t heads_, queries_, head_chunks_;
+  int64_t tasks_ = 0, partial_rows_ = 0;
+  std::vector<SequencePlan> sequences_;
+};
+
+}  // namespace pumice::cpu
