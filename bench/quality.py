@@ -39,6 +39,11 @@ CONTEXT = 512
 METHODS: dict[str, Callable[[int, int], Recipes]] = {
     "rtn": lambda b, g: RTN(b, g, symmetric=False),
     "gptq-plain": lambda b, g: GPTQ(b, g, symmetric=False, act_order=False, static_groups=False),
+    "gptq-plain-damp1": lambda b, g: GPTQ(
+        b, g, symmetric=False, act_order=False, static_groups=False, damp=1.0
+    ),
+    "gptq-order": lambda b, g: GPTQ(b, g, symmetric=False, static_groups=False),
+    "gptq-static": lambda b, g: GPTQ(b, g, symmetric=False, act_order=False),
     "gptq": lambda b, g: GPTQ(b, g, symmetric=False),
     "gptq-damp1": lambda b, g: GPTQ(b, g, symmetric=False, damp=1.0),
     "awq": lambda b, g: AWQ(b, g, search_tokens=CONTEXT),

@@ -39,7 +39,8 @@ class GPTQ(CalibratedRecipe):
         damp: added to the diagonal of the Hessian, relative to its mean. The paper's 0.01 is for
             much calibration data (128 × 2048 tokens); with a few thousand tokens the Hessian's
             small eigenvalues are noise, and 0.1 to 1 serves better.
-        act_order: begin with the inputs of most energy. Nearly always better.
+        act_order: begin with the inputs of most energy. Without it GPTQ can lose to rounding, with
+            much data, too (README).
         static_groups: with ``act_order``, groups of neighbouring columns, on grids fitted
             beforehand; otherwise columns are grouped in the order they are visited, and stored
             with a permutation.
