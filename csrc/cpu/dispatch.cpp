@@ -54,4 +54,9 @@ const Int4DigitKernels& int4_panel_kernels() {
   return kernels;
 }
 
+const AttentionBackwardKernels& attention_backward_kernels() {
+  static const AttentionBackwardKernels& kernels = PUMICE_SELECT(attention_backward_kernels);
+  return kernels;
+}
+
 }  // namespace pumice::cpu

@@ -1,6 +1,7 @@
 // The kernels of the instruction set in use (isa.h), chosen once.
 #pragma once
 
+#include "cpu/attention_backward.h"
 #include "cpu/attention_forward.h"
 #include "cpu/int4_kernels.h"
 #include "cpu/int8_kernels.h"
@@ -15,5 +16,6 @@ const Int4WeightKernels& int4_weight_kernels();
 const Int4GemmKernels& int4_gemm_kernels();
 const Int4DigitKernels& int4_few_kernels();
 const Int4DigitKernels& int4_panel_kernels();
+const AttentionBackwardKernels& attention_backward_kernels();
 
 }  // namespace pumice::cpu
