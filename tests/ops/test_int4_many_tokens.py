@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import pumice
 from backends import Backend
 from int4_cases import DEQUANTIZE_FROM, Int4Case, check, dequantize
 
@@ -100,3 +101,22 @@ def test_gradient_flows(backend: Backend) -> None:
     weight, _ = dequantize(case, tensors)
     expected = torch.from_numpy(weight.sum(0)).expand(case.m, -1)
     assert (tensors["x"].grad.double() - expected).abs().max() <= 2**-5 * abs(weight).sum(0).max()
+
+
+def test_opcheck(backend: Backend) -> None:
+    case = replace(FULL, dtype=torch.bfloat16)
+    tensors = {k: t if t is None else t.to(backend.device) for k, t in case.tensors().items()}
+    tensors["qweight"] = pumice.ops.int4_pack(tensors.pop("q"))
+    tensors["x"].requires_grad_()
+    names = ("x", "qweight", "scales", "zeros", "g_idx", "perm", "bias", "outlier_idx",
+             "outlier_weight", "lora_a", "lora_b")  # fmt: skip
+    positional = tuple(tensors[name] for name in names)
+    torch.library.opcheck(backend.ops.int4_linear.default, positional, {"group_size": 32})
+
+
+def test_in_inference_mode(backend: Backend) -> None:
+    case = replace(FULL, dtype=torch.bfloat16)
+    tensors = case.tensors()
+    expected = case.run(backend, tensors)
+    with torch.inference_mode():
+        assert torch.equal(case.run(backend, tensors), expected)
