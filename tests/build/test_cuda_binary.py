@@ -15,6 +15,24 @@ EXPECTED = {
     "int4_weight": ["I2F", "STG.E.128"],
     "int4_prepare": ["SHFL.BFLY"],
     "int4_gemm": ["HMMA.16816.F32", "HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"],
+    "flash_backward_rows": ["SHFL.BFLY"],
+    "flash_backward_keys": [
+        "HMMA.16816.F32",
+        "HMMA.16816.F32.BF16",
+        "LDGSTS.E.BYPASS.128",
+        "LDSM.16.M88.4",
+        "LDSM.16.MT88.4",
+        "MUFU.EX2",
+    ],
+    "flash_backward_queries": [
+        "HMMA.16816.F32",
+        "HMMA.16816.F32.BF16",
+        "LDGSTS.E.BYPASS.128",
+        "LDSM.16.M88.4",
+        "LDSM.16.MT88.4",
+        "MUFU.EX2",
+    ],
+    "flash_backward_fp32": ["FFMA", "LDS.128"],
 }
 
 

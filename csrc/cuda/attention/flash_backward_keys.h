@@ -32,13 +32,14 @@ class FlashGradKeys {
       : call_(call), shared_(dynamic_shared_memory<unsigned char>()) {}
 
   __device__ __forceinline__ void run(const FlashSequence& sequence, int kv_head, int n0) {
-    const int group = static_cast<int>(call_.problem.group());
-    if (threadIdx.x == 0) start_head(sequence, kv_head * group, n0);
+    if (threadIdx.x == 0) {
+      start_head(sequence, kv_head * static_cast<int>(call_.problem.group()), n0);
+    }
     __syncthreads();
     copy_keys();
     while (true) {
       add_head();
-      if ((head().head + 1) % group == 0) break;
+      if (head().head == head().last_head) break;
       __syncthreads();  // nobody reads the description of this head any more
       if (threadIdx.x == 0) {
         const FlashSequence same = head().sequence;
@@ -56,9 +57,7 @@ class FlashGradKeys {
     return *reinterpret_cast<FlashGradHead*>(shared_ + Tile::kHeadOffset);
   }
   __device__ __forceinline__ const FlashSequence& sequence() const { return head().sequence; }
-  __device__ __forceinline__ int kv_head() const {
-    return head().head / static_cast<int>(call_.problem.group());
-  }
+
   __device__ __forceinline__ unsigned char* stage_at(int stage) const {
     return shared_ + Tile::kStageOffset + stage * Tile::kStageBytes;
   }
@@ -90,7 +89,7 @@ class FlashGradKeys {
       Keys::template copy_strided<Tile::kThreads>(
           to, ptx::thread_index_here(), sequence().k_len - n0, columns,
           static_cast<const unsigned char*>(view.data) +
-              2 * token_offset(view, sequence().batch, sequence().k_begin, n0, kv_head()),
+              2 * token_offset(view, sequence().batch, sequence().k_begin, n0, head().kv_head),
           2 * view.token_stride);
     };
     copy(shared_, call_.problem.key, call_.key_columns);
@@ -126,15 +125,16 @@ class FlashGradKeys {
     while (m < head().end) {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this step's tiles are there, and nobody reads those of the step before
-      const int following = head().upcoming[stage ^ 1];
-      if (following < head().end) copy_queries(following, stage ^ 1);
-      add_step(m, stage, following);
+      if (head().upcoming[stage ^ 1] < head().end) {
+        copy_queries(head().upcoming[stage ^ 1], stage ^ 1);
+      }
+      add_step(m, stage);
       stage ^= 1;
-      m = following;
+      m = head().upcoming[stage];
     }
   }
 
-  __device__ __forceinline__ void add_step(int m, int stage, int following) {
+  __device__ __forceinline__ void add_step(int m, int stage) {
     const int warp = ptx::thread_index_here() / kWarpSize;
     const bool of_values = is_of_values(warp);
     const unsigned char* query = stage_at(stage);
@@ -144,7 +144,7 @@ class FlashGradKeys {
     if (of_values) {
       hidden = hidden_scores(m * Tile::kQueries, key_of_warp(warp));
     } else if (threadIdx.x == Tile::kThreads / 2) {  // one of those that need not compute P
-      head().upcoming[stage] = next(following + 1);
+      head().upcoming[stage] = next(head().upcoming[stage ^ 1] + 1);
     }
     Scores<kRowTiles, kQueryTiles> s;
     set_zero(s);
@@ -219,17 +219,18 @@ class FlashGradKeys {
     const int distance = head().mask.position(m0) - head().first - warp_key;
     for_operands([&](int r, int k) {
       float p[2][4], sloped[2][4];
-      const float4 row[2] = {mine.rows[8 * k], mine.rows[8 * k + 4]};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = i / 4, e = i % 4;
-        const int apart =
-            distance + element_column(mine.lane, 2 * k + n, e) - element_row(mine.lane, r, e);
-        float slope;
-        p[n][e] =
-            rule.probability(s[r][2 * k + n][e], e % 2 == 0 ? row[n].x : row[n].z, apart, slope);
-        if (is_hidden<kQueryTiles>(hidden, r, 2 * k + n, e)) p[n][e] = 0.0f;
-        sloped[n][e] = p[n][e] * slope;
+      for (int n = 0; n < 2; ++n) {
+        const float4 row = mine.rows[(2 * k + n) * 4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int apart =
+              distance + element_column(mine.lane, 2 * k + n, e) - element_row(mine.lane, r, e);
+          float slope;
+          p[n][e] = rule.probability(s[r][2 * k + n][e], e % 2 == 0 ? row.x : row.z, apart, slope);
+          if (is_hidden<kQueryTiles>(hidden, r, 2 * k + n, e)) p[n][e] = 0.0f;
+          sloped[n][e] = p[n][e] * slope;
+        }
       }
       set_operand<T>(s, r, k, sloped);
       mine.hand_over(s, r, k);
@@ -272,7 +273,7 @@ class FlashGradKeys {
     const int warp = ptx::thread_index_here() / kWarpSize;
     const bool of_values = is_of_values(warp);
     const int64_t dim = of_values ? problem.value_dim : problem.head_dim;
-    const int j0 = head().first + key_of_warp(warp), h = kv_head();
+    const int j0 = head().first + key_of_warp(warp), h = head().kv_head;
     const int64_t token =
         (problem.packed() ? sequence().k_begin : sequence().batch * problem.max_k) + j0;
     store_gradient<T>(sums_, of_values ? 1.0f : problem.score.softmax_scale,

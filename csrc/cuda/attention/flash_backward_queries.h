@@ -106,12 +106,12 @@ class FlashGradQueries {
 
   __device__ __forceinline__ void copy_keys(int n, int stage) const {
     const int n0 = n * Tile::kKeys;
-    const int kv_head = head().head / static_cast<int>(call_.problem.group());
+
     const auto copy = [&](unsigned char* to, const TokenView& view, int columns) {
       Keys::template copy_strided<Tile::kThreads>(
           to, ptx::thread_index_here(), sequence().k_len - n0, columns,
           static_cast<const unsigned char*>(view.data) +
-              2 * token_offset(view, sequence().batch, sequence().k_begin, n0, kv_head),
+              2 * token_offset(view, sequence().batch, sequence().k_begin, n0, head().kv_head),
           2 * view.token_stride);
     };
     copy(stage_at(stage), call_.problem.key, call_.key_columns);

@@ -62,7 +62,9 @@ struct FlashGradHead {
   FlashGradRule rule;
   BlockWalk walk;
   int end;  // of the walk
-  int head;
+  int head, kv_head;
+  int last_head;  // of those that share the KV head
+
   int first;        // key, or query, of the block's tile
   int upcoming[2];  // blocks of the walk, for steps to come
 
@@ -72,6 +74,8 @@ struct FlashGradHead {
         mask(mask_view(problem.mask, sequence.batch, head, sequence.q_len, sequence.k_len)),
         rule(problem.score, sequence.batch, head),
         head(head),
+        kv_head(head / static_cast<int>(problem.group())),
+        last_head((kv_head + 1) * static_cast<int>(problem.group()) - 1),
         first(first) {}
 };
 

@@ -53,10 +53,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   call.problem = check_attention(kOp, tensors, options);
   AttentionProblem& problem = call.problem;
   check_cuda_attention(kOp, problem);
+  const bool packed = cu_seqlens_q.has_value();
   const std::vector<int64_t> out_sizes = shape_with_last(query, problem.value_dim);
   const std::vector<int64_t> lse_sizes =
-      problem.packed() ? std::vector<int64_t>{problem.heads, problem.total_q}
-                       : std::vector<int64_t>{problem.batch, problem.heads, problem.max_q};
+      packed ? std::vector<int64_t>{problem.heads, problem.total_q}
+             : std::vector<int64_t>{problem.batch, problem.heads, problem.max_q};
   check_result("out", out, query, out_sizes);
   check_result("grad_out", grad_out, query, out_sizes);
   check_row_values("lse", lse, query, lse_sizes);
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   Tensor grad_key = new_empty(key, key.sizes(), dtype);
   Tensor grad_value = new_empty(value, value.sizes(), dtype);
   Tensor delta = new_empty(query, lse_sizes, ScalarType::Float);
-  if (problem.packed()) {
+  if (packed) {
     for (const Tensor& gradient : {grad_query, grad_key, grad_value}) {
       fill_uncovered(gradient, stream);
     }
