@@ -121,9 +121,16 @@ void BlockManager::append_slots(const Sequence& sequence, int32_t begin,
   }
 }
 
+// Takes the memory of the tables, of at least step.width, before anything is changed.
+void BlockManager::prepare_tables(const char* operation, Ids ids, int64_t width, Step& step) const {
+  require(width < 0 || (width >= step.width && width <= kMaxTokens), operation,
+          ": width must be at least ", step.width, " blocks and less than 2^29, not ", width);
+  if (width >= 0) step.width = width;
+  step.seq_lens.reserve(ids.size());
+  step.block_table.reserve(ids.size() * step.width);
+}
+
 void BlockManager::fill_tables(std::span<Sequence* const> sequences, Step& step) const {
-  step.seq_lens.reserve(sequences.size());
-  step.block_table.reserve(sequences.size() * step.width);
   for (const Sequence* sequence : sequences) {
     step.seq_lens.push_back(sequence->tokens);
     step.block_table.insert(step.block_table.end(), sequence->table.begin(), sequence->table.end());
@@ -152,10 +159,6 @@ Step BlockManager::append(Ids ids, Counts counts, Tokens tokens, int64_t width) 
               " has known tokens");
     }
   }
-  require(width < 0 || width >= step.width, "append: width must be at least ", step.width,
-          " blocks, not ", width);
-  if (width >= 0) step.width = width;
-
   const Growth growth = plan_growth(sequences, counts);
   if (growth.needed > growth.available) {
     throw OutOfBlocks(
@@ -163,8 +166,9 @@ Step BlockManager::append(Ids ids, Counts counts, Tokens tokens, int64_t width) 
                 " blocks; ", growth.available, " of ", usable_blocks(), " are available"),
         growth.needed, growth.available);
   }
-
+  prepare_tables("append", ids, width, step);
   step.slot_mapping.reserve(total);
+
   if (options_.window_left >= 0) {
     for (size_t i = 0; i < ids.size(); ++i) {
       if (count_of(counts, i) > 0) reclaim(*sequences[i]);
@@ -210,9 +214,7 @@ Step BlockManager::view(Ids ids, Counts counts, int64_t width) {
     append_slots(sequence, static_cast<int32_t>(begin), step.slot_mapping);
     step.width = std::max<int64_t>(step.width, sequence.table.size());
   }
-  require(width < 0 || width >= step.width, "view: width must be at least ", step.width,
-          " blocks, not ", width);
-  if (width >= 0) step.width = width;
+  prepare_tables("view", ids, width, step);
   fill_tables(sequences, step);
   return step;
 }

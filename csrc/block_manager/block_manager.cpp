@@ -119,6 +119,7 @@ Allocation BlockManager::allocate(const Prompt& prompt) {
         admission.needed + watermark_blocks_, pool_.available());
   }
   Allocation allocation;
+  allocation.slot_mapping.reserve(admission.new_tokens);
   allocation.id = next_id_++;
   allocation.cached_tokens = admission.cached_tokens;
   Sequence& sequence = sequences_[allocation.id];

@@ -129,6 +129,7 @@ class BlockManager {
   void make_last_writable(Sequence& sequence, std::vector<int64_t>& copies);
   void grow(Sequence& sequence, int64_t count, const int32_t* tokens);
   void append_slots(const Sequence& sequence, int32_t begin, std::vector<int64_t>& slots) const;
+  void prepare_tables(const char* operation, Ids ids, int64_t width, Step& step) const;
   void fill_tables(std::span<Sequence* const> sequences, Step& step) const;
   void index_committed(Sequence& sequence);
 
