@@ -23,5 +23,7 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 "$python" -m bench int8 --device cuda --record
 "$python" -m bench int4 --device cuda --record
+# Where dequantizing for torch's product overtakes int4_gemm: kInt4DequantizeFrom, projected as 512.
+"$python" -m bench int4 --device cuda --m 128,256,384,511 2>&1 | tee "$out/int4_crossover.log"
 "$python" -m bench attention --device cuda --record --png "$out/attention.png"
 "$python" -m bench readme

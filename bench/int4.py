@@ -72,6 +72,23 @@ def pumice_exact(inputs: Inputs) -> Contender:
     return call
 
 
+def pumice_dequantized(inputs: Inputs) -> Contender:
+    """What int4_linear does for many tokens, at any number: where it crosses "pumice" is what
+    kInt4DequantizeFrom should be."""
+    from pumice.ops import int4_dequantize
+
+    if inputs.x.device.type == "cpu":
+        raise UnavailableError("CUDA only")
+    k, dtype = inputs.x.shape[-1], inputs.x.dtype
+
+    def call(i: int) -> torch.Tensor:
+        qweight, scales = inputs.packed(i)
+        weight = int4_dequantize(qweight, scales, k=k, group_size=GROUP, out_dtype=dtype)
+        return functional.linear(inputs.x, weight)
+
+    return call
+
+
 def pumice_int8_activation(inputs: Inputs) -> Contender:
     """The trade that ggml and onnxruntime's accuracy level 4 make: activations rounded to int8."""
     from pumice.ops import int4_linear
@@ -174,6 +191,7 @@ PEERS: dict[str, Peer[Inputs]] = {
     "ggml q4_0": lambda inputs: ggml_mul_mat(inputs, "q4_0"),
     "ggml q4_K": lambda inputs: ggml_mul_mat(inputs, "q4_K"),
     "pumice": pumice_exact,
+    "pumice dequantized": pumice_dequantized,
     "pumice int8 activations": pumice_int8_activation,
 }
 
