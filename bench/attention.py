@@ -25,7 +25,8 @@ from bench.cases import BASELINE, Bench, Peer, UnavailableError
 from bench.machine import Machine, matmul_peak
 from bench.timing import Contender, copies_beyond_cache
 
-MOST_SCORES = 8 << 30  # bytes of the matrix of scores that torch's math kernel may make
+# Bytes of the scores that torch's math kernel may make: for memory, and on a CPU for time.
+MOST_SCORES = {"cpu": 1 << 28, "cuda": 8 << 30}
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,15 @@ def torch_sdpa(inputs: Inputs, backend: SDPBackend | None = None) -> Contender:
 def torch_math(inputs: Inputs) -> Contender:
     case = inputs.case
     scores = 4 * case.batch * case.heads * case.queries * case.keys
-    if scores > MOST_SCORES:
-        raise UnavailableError(f"its scores alone would take {scores / (1 << 30):.0f} GB")
+    if scores > MOST_SCORES[inputs.first.device.type]:
+        raise UnavailableError(f"its scores alone take {scores / (1 << 20):,.0f} MB")
     return torch_sdpa(inputs, SDPBackend.MATH)
+
+
+def torch_on_cuda(inputs: Inputs, backend: SDPBackend) -> Contender:
+    if inputs.first.device.type != "cuda":
+        raise UnavailableError("CUDA only")
+    return torch_sdpa(inputs, backend)
 
 
 def torch_flex(inputs: Inputs) -> Contender:
@@ -231,8 +238,8 @@ def _try_once(call: Contender) -> None:
 PEERS: dict[str, Peer[Inputs]] = {
     BASELINE: torch_sdpa,
     "torch flash": lambda inputs: torch_sdpa(inputs, SDPBackend.FLASH_ATTENTION),
-    "torch cuDNN": lambda inputs: torch_sdpa(inputs, SDPBackend.CUDNN_ATTENTION),
-    "torch mem-efficient": lambda inputs: torch_sdpa(inputs, SDPBackend.EFFICIENT_ATTENTION),
+    "torch cuDNN": lambda inputs: torch_on_cuda(inputs, SDPBackend.CUDNN_ATTENTION),
+    "torch mem-efficient": lambda inputs: torch_on_cuda(inputs, SDPBackend.EFFICIENT_ATTENTION),
     "torch math": torch_math,
     "torch flex": torch_flex,
     "flash-attn": flash_attn,
