@@ -154,7 +154,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         axes.set_ylabel("speed-up over the baseline")
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     axes.set_title(title)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
