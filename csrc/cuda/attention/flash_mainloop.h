@@ -182,14 +182,14 @@ class FlashMainloop {
         }
       }
       ptx::cp_async_commit();
-      if (warp_sees(n, partial)) {
-        if (non_finite) {
-          add_values<true>(weights, slot);
-          add_non_finite(slot, first_key(n));
-        } else {
-          add_values<false>(weights, slot);
-        }
+      if (non_finite) {
+        if (warp_sees(n, partial)) add_non_finite(slot, first_key(n));
+        __syncthreads();
+        Values::template clear_non_finite<T, Tile::kThreads>(slot_at(slot),
+                                                             ptx::thread_index_here());
+        __syncthreads();
       }
+      if (warp_sees(n, partial)) add_values(weights, slot);
       slot = after(slot);
       n = next;
     }
@@ -302,7 +302,6 @@ class FlashMainloop {
   }
 
   // The sums of the scores' mma are the A operand of this one, as they lie.
-  template <bool kOnlyFinite>
   __device__ __forceinline__ void add_values(const Weights& p, int slot) {
     const unsigned char* values = slot_at(slot);
     const ThreadPlace<Tile> place;
@@ -318,10 +317,6 @@ class FlashMainloop {
       for (int v = 0; v < Tile::kValueTiles / 2; ++v) {
         uint32_t b[2][2];
         Values::load_b_transposed(b, values, place.warp_key + k * 16, v, place.lane);
-        if constexpr (kOnlyFinite) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = finite_or_zero<T>(b[i / 2][i % 2]);
-        }
 #pragma unroll
         for (int r = 0; r < Tile::kRowTiles; ++r) {
           mma_16bit<T>(sums_[r][2 * v], a[r], b[0]);
@@ -331,8 +326,8 @@ class FlashMainloop {
     }
   }
 
-  // The values that add_values<true> left out, key by key, to the rows that see them. Any p > 0
-  // times an infinity or NaN is that itself.
+  // The infinities and NaN among the values, key by key, to the rows that see them. Any p > 0 times
+  // one is that itself.
   __device__ __forceinline__ void add_non_finite(int slot, int j0) {
     const MaskView& mask = block_.mask;
     const ThreadPlace<Tile> place;

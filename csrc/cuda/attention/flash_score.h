@@ -46,27 +46,34 @@ template <class Tile>
 __device__ __forceinline__ void apply_score_rule(float (&s)[Tile::kRowTiles][Tile::kKeyTiles][4],
                                                  const FlashForward& call, const FlashWork& work,
                                                  int j0) {
-  const ThreadPlace<Tile> place;
   const ScoreRule& rule = call.problem.score;
   const float cap = rule.softcap * kLog2E, per_cap = rule.softmax_scale / rule.softcap;
   const float scale = rule.softmax_scale * kLog2E;
 #pragma unroll
+  for (int r = 0; r < Tile::kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < Tile::kKeyTiles; ++n) {
+#pragma unroll
+      for (float& x : s[r][n]) {
+        x = rule.softcap > 0.0f ? cap * tanh_by_exp2(x * per_cap) : x * scale;
+      }
+    }
+  }
+  if (rule.alibi_slopes == nullptr) return;
+  const ThreadPlace<Tile> place;
+#pragma unroll
   for (int r = 0; r < 2 * Tile::kRowTiles; ++r) {
     const int row = place.row(r), pack = call.plan.pack;
-    float slope = 0.0f;
-    if (rule.alibi_slopes != nullptr) {
-      slope =
-          kLog2E *
-          rule.alibi_slopes[work.sequence.batch * rule.alibi_batch_stride + work.head(row, pack)];
-    }
-    const int position = work.query(row, pack) + work.sequence.k_len - work.sequence.q_len;
+    const float slope =
+        kLog2E *
+        rule.alibi_slopes[work.sequence.batch * rule.alibi_batch_stride + work.head(row, pack)];
+    // The bias depends on the distance alone.
+    const int distance = work.query(row, pack) + work.sequence.k_len - work.sequence.q_len - j0;
 #pragma unroll
     for (int n = 0; n < Tile::kKeyTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float& x = s[r / 2][n][r % 2 * 2 + e];
-        x = rule.softcap > 0.0f ? cap * tanh_by_exp2(x * per_cap) : x * scale;
-        x += alibi_bias(slope, position, j0 + place.column(n, e));
+        s[r / 2][n][r % 2 * 2 + e] += alibi_bias(slope, distance, place.column(n, e));
       }
     }
   }

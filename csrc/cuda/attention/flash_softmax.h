@@ -74,16 +74,25 @@ class OnlineSoftmax {
   __device__ __forceinline__ void weigh(const float (&scores)[kRowTiles][kKeyTiles][4], float scale,
                                         uint32_t (&p)[kRowTiles][kKeyTiles][2]) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int tile = r / 2, half = r % 2 * 2;
-      // A row that has seen nothing: 2^(-∞ - 0) = 0.
-      const float shift = reference_[r] == -INFINITY ? 0.0f : reference_[r] * scale;
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      float shift[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // A row that has seen nothing: 2^(-∞ - 0) = 0.
+        const float reference = reference_[2 * tile + half];
+        shift[half] = reference == -INFINITY ? 0.0f : reference * scale;
+      }
+      // Key tile by key tile: the registers of four scores become those of an operand.
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
-        const float low = ptx::exp2_approx(__fmaf_rn(scores[tile][n][half], scale, -shift));
-        const float high = ptx::exp2_approx(__fmaf_rn(scores[tile][n][half + 1], scale, -shift));
-        sum_[r] += low + high;
-        p[tile][n][half / 2] = pack_pair<T>(low, high);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float (&s)[4] = scores[tile][n];
+          const float low = ptx::exp2_approx(__fmaf_rn(s[2 * half], scale, -shift[half]));
+          const float high = ptx::exp2_approx(__fmaf_rn(s[2 * half + 1], scale, -shift[half]));
+          sum_[2 * tile + half] += low + high;
+          p[tile][n][half] = pack_pair<T>(low, high);
+        }
       }
     }
   }

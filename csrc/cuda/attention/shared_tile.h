@@ -119,6 +119,24 @@ struct SharedTile {
     return found;
   }
 
+  // Makes zeros of them.
+  template <class T, int kThreads>
+  static __device__ __forceinline__ void clear_non_finite(unsigned char* tile, int thread) {
+    using Mine = Share<kThreads>;
+    const Mine mine(thread);
+    unsigned char* first = tile + offset(mine.row, mine.chunk);
+#pragma unroll 1
+    for (int i = 0; i < Mine::kSteps && mine.row + i * Mine::kStep < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < Mine::kChunksOfRow; ++j) {
+        auto* words = reinterpret_cast<uint4*>(first + mine.beside(i, j));
+        const uint4 w = *words;
+        *words = {finite_or_zero<T>(w.x), finite_or_zero<T>(w.y), finite_or_zero<T>(w.z),
+                  finite_or_zero<T>(w.w)};
+      }
+    }
+  }
+
   // What lies `rows` rows (a multiple of 8) below and `chunks` chunks (an even number) beside the
   // place of row r, chunk c < 2. Both are known when the program is compiled, or the same for all
   // lanes: the bits that the swizzle takes from r do not change, and those of the chunk pass
