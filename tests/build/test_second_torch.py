@@ -26,11 +26,20 @@ y = pumice.ops.int8_mixed_linear(x, q, scale)
 assert (y - x @ (q * scale[:, None]).t()).norm() / y.norm() < 0.02
 fused = torch.compile(pumice.ops.int8_mixed_linear, fullgraph=True, backend="aot_eager")
 assert torch.equal(fused(x, q, scale), y)
+z = torch.randn(2, 9, 4, 16, requires_grad=True)
+a = pumice.ops.flash_attention(z, z, z, causal=True)
+plain = torch.nn.functional.scaled_dot_product_attention(*[z.transpose(1, 2)] * 3, is_causal=True)
+assert torch.allclose(a, plain.transpose(1, 2), atol=1e-5)
+a.sum().backward()
+assert z.grad is not None
 if torch.version.cuda:
     from pumice.ops import _library
     assert "cuda" in _library.devices, _library.cuda_unavailable
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in ("int8_quantize", "int8_linear", "int8_mixed_linear"):
+    for op in (
+        "int8_quantize", "int8_linear", "int8_mixed_linear", "flash_attention",
+        "flash_attention_backward", "merge_attention", "attention_mask_pack",
+    ):
         assert registered(f"pumice::{op}", "CUDA"), op
 print("ran beside", torch.__version__)
 """
