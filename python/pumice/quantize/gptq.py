@@ -40,7 +40,8 @@ class GPTQ(CalibratedRecipe):
             much calibration data (128 × 2048 tokens); with a few thousand tokens the Hessian's
             small eigenvalues are noise, and 0.1 to 1 serves better.
         act_order: begin with the inputs of most energy. Without it GPTQ can lose to rounding, with
-            much data, too (README).
+            much data, too: the average token errs less, but the one that all others attend to may
+            err more (README).
         static_groups: with ``act_order``, groups of neighbouring columns, on grids fitted
             beforehand; otherwise columns are grouped in the order they are visited, and stored
             with a permutation.
