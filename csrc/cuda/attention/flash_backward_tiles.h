@@ -99,4 +99,16 @@ using FlashGradQueries256 = FlashGradQueriesTile<256, 4, 1, 16, 1>;
 using FlashGradKeys256Compact = FlashGradKeysTile<256, 2, 1, 32, 1>;
 using FlashGradQueries256Compact = FlashGradQueriesTile<256, 2, 1, 16, 1>;
 
+// What a block may have on every GPU since sm_80.
+constexpr size_t kSharedBytesOfAll = 99 * 1024;
+static_assert(FlashGradKeys64::kSharedBytes <= kSharedBytesOfAll &&
+              FlashGradQueries64::kSharedBytes <= kSharedBytesOfAll &&
+              FlashGradKeys128Compact::kSharedBytes <= kSharedBytesOfAll &&
+              FlashGradQueries128Compact::kSharedBytes <= kSharedBytesOfAll &&
+              FlashGradKeys256Compact::kSharedBytes <= kSharedBytesOfAll &&
+              FlashGradQueries256Compact::kSharedBytes <= kSharedBytesOfAll);
+// The keys' tile is what decides between a tile and its compact one.
+static_assert(FlashGradQueries128::kSharedBytes <= FlashGradKeys128::kSharedBytes &&
+              FlashGradQueries256::kSharedBytes <= FlashGradKeys256::kSharedBytes);
+
 }  // namespace pumice::cuda
