@@ -155,7 +155,7 @@ def test_smollm2_is_the_same_model_with_pumices_attention(smollm2, dtype):
     eager, ours = (copy.deepcopy(model).to(dtype) for _ in range(2))
     eager.set_attn_implementation("eager")
     ours.set_attn_implementation("pumice")
-    base, quality = (perplexity(m, ids, windows=4) for m in (eager, ours))
+    base, quality = (perplexity(m, ids, windows=2) for m in (eager, ours))
     ratio, _ = quality.relative_to(base)
     # bfloat16 rounds at 2^-8, and either rounds elsewhere.
     assert ratio == pytest.approx(1.0, abs=1e-5 if dtype == torch.float32 else 3e-3)
