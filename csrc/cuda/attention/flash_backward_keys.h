@@ -307,8 +307,8 @@ void launch_flash_backward_keys(const FlashBackward& call, cudaStream_t stream) 
   const int64_t blocks =
       (problem.max_k + Tile::kKeys - 1) / Tile::kKeys * problem.kv_heads * problem.batch;
   if (blocks == 0) return;
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "pumice: flash_attention_backward of ", problem.batch,
-                  " sequences of ", problem.max_k, " keys is too large for one launch");
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "pumice::flash_attention_backward: ", problem.batch,
+                  " sequences of ", problem.max_k, " keys are too many for one launch");
   launch(flash_backward_keys_kernel<T, Tile>, dim3(static_cast<unsigned>(blocks)),
          dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
 }

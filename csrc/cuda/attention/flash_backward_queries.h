@@ -261,8 +261,8 @@ void launch_flash_backward_queries(const FlashBackward& call, cudaStream_t strea
   const int64_t blocks =
       (problem.max_q + Tile::kQueries - 1) / Tile::kQueries * problem.heads * problem.batch;
   if (blocks == 0) return;
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "pumice: flash_attention_backward of ", problem.batch,
-                  " sequences of ", problem.max_q, " queries is too large for one launch");
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "pumice::flash_attention_backward: ", problem.batch,
+                  " sequences of ", problem.max_q, " queries are too many for one launch");
   launch(flash_backward_queries_kernel<T, Tile>, dim3(static_cast<unsigned>(blocks)),
          dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
 }
