@@ -20,6 +20,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
                                   -mfma -mf16c -mprefer-vector-width=512)
   # GCC 12 warns of its own undefined-vector intrinsics (GCC bug 105593).
   list(APPEND PUMICE_ISA_FLAGS_avx512vnni -Wno-maybe-uninitialized -Wno-uninitialized)
+  # Instructions that some processors have beyond a set, and the sources that use them.
+  set(PUMICE_CPU_EXTENSIONS avx512bf16)
+  set(PUMICE_ISA_FLAGS_avx512bf16 ${PUMICE_ISA_FLAGS_avx512vnni} -mavx512bf16)
+  set(PUMICE_ISA_SOURCES_avx512bf16 csrc/cpu/attention_forward.cpp)
 endif()
 
 add_library(pumice_cpu SHARED ${PUMICE_CPU_SOURCES})
@@ -27,8 +31,11 @@ target_include_directories(pumice_cpu PRIVATE csrc)
 target_compile_options(pumice_cpu PRIVATE -Wall -Wextra -Wno-unused-parameter)
 target_link_libraries(pumice_cpu PRIVATE torch_stable)
 
-foreach(isa IN LISTS PUMICE_CPU_ISAS)
-  add_library(pumice_cpu_${isa} OBJECT ${PUMICE_CPU_ISA_SOURCES})
+foreach(isa IN LISTS PUMICE_CPU_ISAS PUMICE_CPU_EXTENSIONS)
+  if(NOT DEFINED PUMICE_ISA_SOURCES_${isa})
+    set(PUMICE_ISA_SOURCES_${isa} ${PUMICE_CPU_ISA_SOURCES})
+  endif()
+  add_library(pumice_cpu_${isa} OBJECT ${PUMICE_ISA_SOURCES_${isa}})
   target_include_directories(pumice_cpu_${isa} PRIVATE csrc)
   # -fno-tree-pre: GCC's partial redundancy elimination moves accumulators of the tiles to the stack.
   # -ffp-contract=off: a result must not depend on the instruction set by a fused rounding.

@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "cpu/attention_transpose.h"
 #include "cpu/attention_vector.h"
 #include "cpu/element.h"
 
@@ -52,7 +53,12 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
-template <int kRows, int kVectors, bool kAccumulate>
+// What a lane of a, a lane of b and a lane of the sum are to each other.
+struct Floats {
+  static PUMICE_VECTOR Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+
+template <int kRows, int kVectors, bool kAccumulate, typename Lanes>
 void multiply_tile(const LeftOperand& a, const float* b, int64_t b_stride, float* c,
                    int64_t c_stride, int64_t k) {
   Vec sum[kRows][kVectors];
@@ -71,7 +77,9 @@ void multiply_tile(const LeftOperand& a, const float* b, int64_t b_stride, float
     for (int i = 0; i < kRows; ++i) {
       const Vec element = broadcast(left[i * row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = fma(element, right[j], sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        sum[i][j] = Lanes::multiply_add(element, right[j], sum[i][j]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -85,31 +93,32 @@ void multiply_tile(const LeftOperand& a, const float* b, int64_t b_stride, float
 }
 
 // Rows [0, m) of kVectors registers; the last m % kTileRows of them in a tile of their own.
-template <int kVectors, bool kAccumulate, int kRows = kTileRows>
+template <int kVectors, bool kAccumulate, typename Lanes, int kRows = kTileRows>
 void multiply_panel(LeftOperand a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                     int64_t m, int64_t k) {
   for (; m >= kRows; m -= kRows) {
-    multiply_tile<kRows, kVectors, kAccumulate>(a, b, b_stride, c, c_stride, k);
+    multiply_tile<kRows, kVectors, kAccumulate, Lanes>(a, b, b_stride, c, c_stride, k);
     a.data += kRows * a.row;
     c += kRows * c_stride;
   }
   if constexpr (kRows > 1) {
-    if (m > 0) multiply_panel<kVectors, kAccumulate, kRows - 1>(a, b, b_stride, c, c_stride, m, k);
+    if (m > 0)
+      multiply_panel<kVectors, kAccumulate, Lanes, kRows - 1>(a, b, b_stride, c, c_stride, m, k);
   }
 }
 
 // c[i, j] (+)= Σ_{l < k} a(i, l) · b[l, j] for i < m and j < n, where n is a multiple of kBlockPad.
-template <bool kAccumulate, int kVectors = kTileVectors>
+template <bool kAccumulate, typename Lanes = Floats, int kVectors = kTileVectors>
 void multiply_block(const LeftOperand& a, BlockRows<const float> b, BlockRows<float> c, int64_t m,
                     int64_t n, int64_t k) {
   constexpr int64_t kColumns = kVectors * kLanes;
   for (; n >= kColumns; n -= kColumns) {
-    multiply_panel<kVectors, kAccumulate>(a, b.data, b.stride, c.data, c.stride, m, k);
+    multiply_panel<kVectors, kAccumulate, Lanes>(a, b.data, b.stride, c.data, c.stride, m, k);
     b.data += kColumns;
     c.data += kColumns;
   }
   if constexpr (kVectors > 1) {
-    if (n > 0) multiply_block<kAccumulate, kVectors - 1>(a, b, c, m, n, k);
+    if (n > 0) multiply_block<kAccumulate, Lanes, kVectors - 1>(a, b, c, m, n, k);
   }
 }
 
@@ -135,11 +144,7 @@ inline void load_transposed(const void* x, DType dtype, int64_t begin, int64_t s
     for (int64_t r = count; r < kBlockPad; ++r) {
       for (int64_t d = 0; d < columns; ++d) scratch[r * width + d] = 0.0f;
     }
-    for (int64_t d = 0; d < columns; ++d) {
-      float* row = out.row(d) + i;
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kBlockPad; ++r) row[r] = scratch[r * width + d];
-    }
+    transpose_rows(scratch, width, out.data + i, out.stride, columns);
   }
 }
 

@@ -71,6 +71,9 @@ struct AttentionMergeKernels {
 PUMICE_DECLARE_ATTENTION_FORWARD(portable)
 PUMICE_DECLARE_ATTENTION_FORWARD(avx2)
 PUMICE_DECLARE_ATTENTION_FORWARD(avx512vnni)
+namespace avx512bf16 {
+extern const AttentionForwardKernels attention_forward_kernels;
+}
 #undef PUMICE_DECLARE_ATTENTION_FORWARD
 
 }  // namespace pumice::cpu

@@ -15,6 +15,9 @@ namespace pumice::cpu {
 #endif
 
 const AttentionForwardKernels& attention_forward_kernels() {
+#if defined(PUMICE_HAS_ISA_avx512bf16)
+  if (active_avx512_bf16()) return avx512bf16::attention_forward_kernels;
+#endif
   static const AttentionForwardKernels& kernels = PUMICE_SELECT(attention_forward_kernels);
   return kernels;
 }

@@ -43,4 +43,15 @@ Isa active_isa() {
   return isa;
 }
 
+bool active_avx512_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool active = active_isa() == Isa::kAvx512Vnni &&
+                             __builtin_cpu_supports("avx512bf16") &&
+                             !std::getenv("PUMICE_CPU_ISA");
+  return active;
+#else
+  return false;
+#endif
+}
+
 }  // namespace pumice::cpu

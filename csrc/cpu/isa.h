@@ -13,4 +13,8 @@ Isa detect_isa();
 // detect_isa(), lowered (never raised) by PUMICE_CPU_ISA=portable|avx2|avx512vnni; read once.
 Isa active_isa();
 
+// Whether to use AVX512-BF16 on top of kAvx512Vnni: where the machine has it and PUMICE_CPU_ISA does
+// not name a set, each of which is without.
+bool active_avx512_bf16();
+
 }  // namespace pumice::cpu

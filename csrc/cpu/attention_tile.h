@@ -1,0 +1,211 @@
+// The operands of a task of attention in cache, and their two products. Three kinds:
+//
+//   kFloats   everything as float, the keys transposed
+//   kPairs    bfloat16 in pairs of neighbours, for its own instruction; probabilities are rounded
+//   kRows     for a few rows: keys and values are read once, where they lie if they are floats
+//
+// Which one depends on the sequence's own lengths, the dtype and the processor only.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/attention_dots.h"
+#include "cpu/attention_forward.h"
+#include "cpu/attention_pairs.h"
+#include "cpu/attention_visible.h"
+
+namespace pumice::cpu::PUMICE_ISA {
+namespace {
+
+enum class Kind { kFloats, kPairs, kRows };
+
+// To transpose a block of keys costs as much as to multiply it by two rows as they lie; a tile of
+// products is full from kTileRows on.
+constexpr int32_t kFewRows = 4;
+
+// A sum of many terms one after another would round worse than the blocked ones of other libraries.
+constexpr int64_t kSumLength = 128;
+
+inline int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
+
+// Tokens of one head of one sequence.
+struct HeadRows {
+  const void* data;
+  DType dtype;
+  int64_t begin, stride, columns;  // in elements
+
+  HeadRows(const TokenView& view, DType type, int64_t offset, int64_t head, int64_t dim)
+      : data(view.data),
+        dtype(type),
+        begin(offset + head * view.head_stride),
+        stride(view.token_stride),
+        columns(dim) {}
+  int64_t at(int64_t token) const { return begin + token * stride; }
+  void fetch(int64_t token, int64_t end) const {
+    const char* base = static_cast<const char*>(data);
+    const int64_t size = size_of(dtype);
+    for (; token < end; ++token) {
+      for (int64_t byte = 0; byte < columns * size; byte += 64) {
+        __builtin_prefetch(base + at(token) * size + byte, 0, 2);
+      }
+    }
+  }
+  bool in_place() const { return dtype == DType::kFloat32 && columns % kBlockPad == 0; }
+  BlockRows<const float> rows(int64_t token) const {
+    return {static_cast<const float*>(data) + at(token), stride};
+  }
+};
+
+// Rows are those of the task's first head, then of the next, …
+struct Tile {
+  BlockRows<float> query;   // [rows, D]
+  BlockRows<float> scores;  // [rows, kBlockKeys], then the probabilities
+  BlockRows<float> sums;    // [rows, D_v]
+  float* weights;           // [rows, kLanes]: the sums of probabilities
+  float* reference;         // [rows]
+  uint64_t* visible;        // [queries], of the block at hand
+  float* key_memory;        // [D, kBlockKeys] or [kBlockKeys, D]
+  float* value_memory;      // [kBlockKeys, D_v]
+  float* scratch;           // [kBlockPad, max(D, D_v)]
+  // Where the block at hand is, there or in place.
+  BlockRows<const float> key, value;
+
+  // With no memory, only the size in floats is of interest.
+  static int64_t lay_out(const AttentionProblem& problem, float* memory, Tile& tile) {
+    const int64_t query_stride = padded_columns(problem.head_dim);
+    const int64_t value_stride = padded_columns(problem.value_dim);
+    int64_t size = 0;
+    const auto piece = [&](int64_t count) {
+      float* at = memory == nullptr ? nullptr : memory + size;
+      size += padded_columns(count);
+      return at;
+    };
+    tile.query = {piece(kTaskRows * query_stride), query_stride};
+    tile.scores = {piece(kTaskRows * kBlockKeys), kBlockKeys};
+    tile.sums = {piece(kTaskRows * value_stride), value_stride};
+    tile.weights = piece(kTaskRows * kLanes);
+    tile.reference = piece(kTaskRows);
+    tile.visible = reinterpret_cast<uint64_t*>(piece(2 * kTaskRows));
+    tile.key_memory = piece(kBlockKeys * query_stride);
+    tile.value_memory = piece(kBlockKeys * value_stride);
+    tile.scratch = piece(kBlockPad * std::max(query_stride, value_stride));
+    return size;
+  }
+
+  // Queries m0, … of one head, from `row` on.
+  template <Kind kKind>
+  void load_queries(const HeadRows& x, int32_t m0, int32_t count, int32_t row) {
+    if constexpr (kKind == Kind::kPairs) {
+      query.stride = padded_columns(pairs_of(x.columns));
+      load_pairs(x.data, x.at(m0), x.stride, count, x.columns, {query.row(row), query.stride});
+    } else {
+      load_block(x.data, x.dtype, x.at(m0), x.stride, count, x.columns,
+                 {query.row(row), query.stride});
+    }
+  }
+
+  template <Kind kKind>
+  void load_keys(const HeadRows& x, int32_t n0, int32_t count) {
+    const BlockRows<float> transposed{key_memory, kBlockKeys};
+    key = {key_memory, kBlockKeys};
+    if constexpr (kKind == Kind::kPairs) {
+      load_transposed_pairs(x.data, x.at(n0), x.stride, count, x.columns, scratch, transposed);
+    } else if constexpr (kKind == Kind::kFloats) {
+      load_transposed(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, scratch, transposed);
+    } else if (x.in_place()) {
+      key = x.rows(n0);
+    } else {
+      const BlockRows<float> rows{key_memory, padded_columns(x.columns)};
+      load_block(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, rows);
+      key = {rows.data, rows.stride};
+    }
+  }
+
+  template <Kind kKind>
+  void load_values(const HeadRows& x, int32_t n0, int32_t count) {
+    const BlockRows<float> rows{value_memory, sums.stride};
+    value = {value_memory, sums.stride};
+    if constexpr (kKind == Kind::kPairs) {
+      load_row_pairs(x.data, x.at(n0), x.stride, count, x.columns, rows);
+    } else if (kKind == Kind::kRows && x.in_place()) {
+      value = x.rows(n0);
+    } else {
+      load_block(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, rows);
+    }
+  }
+
+  template <Kind kKind>
+  bool values_are_finite(int32_t count) const {
+    if constexpr (kKind == Kind::kPairs) {
+      return pairs_are_finite(value_memory, pairs_of(count) * value.stride);
+    }
+    Vec nothing = zero();  // x·0 is 0 of every finite x, NaN of the others
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t d = 0; d < sums.stride; d += kLanes) {
+        nothing = fma(load(value.row(j) + d), zero(), nothing);
+      }
+    }
+    return sum(nothing) == 0.0f;
+  }
+
+  // scores[row …, left … right) = q·k, left and right multiples of kBlockPad. `count` keys exist.
+  template <Kind kKind>
+  void multiply_keys(int32_t row, int32_t rows, int left, int right, int32_t count) const {
+    const BlockRows<float> products{scores.row(row) + left, kBlockKeys};
+    if constexpr (kKind == Kind::kRows) {
+      multiply_rows({query.row(row), query.stride}, {key.row(left), key.stride}, products, rows,
+                    std::min(right, count) - left, query.stride);
+    } else {
+      using Lanes = std::conditional_t<kKind == Kind::kPairs, Pairs, Floats>;
+      for (int64_t d = 0; d < length; d += kSumLength) {
+        const LeftOperand q{query.row(row) + d, query.stride};
+        const BlockRows<const float> k{key.row(d) + left, kBlockKeys};
+        const int64_t terms = std::min(kSumLength, length - d);
+        if (d == 0) {
+          multiply_block<false, Lanes>(q, k, products, rows, right - left, terms);
+        } else {
+          multiply_block<true, Lanes>(q, k, products, rows, right - left, terms);
+        }
+      }
+    }
+  }
+
+  // sums[row …] += p·v over the keys [first, last), outside of which p is 0 up to the next
+  // multiples of kBlockPad.
+  template <Kind kKind>
+  void multiply_values(int32_t row, int32_t rows, int first, int last) const {
+    LeftOperand p{scores.row(row), kBlockKeys};
+    const BlockRows<float> out{sums.row(row), sums.stride};
+    if constexpr (kKind == Kind::kPairs) {
+      for (int32_t r = row; r < row + rows; ++r) pair_row(scores.row(r), kBlockKeys);
+      first /= 2;
+      last = (last + 1) / 2;
+      p.data += first;
+      multiply_block<true, Pairs>(p, {value.row(first), value.stride}, out, rows, sums.stride,
+                                  last - first);
+    } else {
+      p.data += first;
+      multiply_block<true>(p, {value.row(first), value.stride}, out, rows, sums.stride,
+                           last - first);
+    }
+  }
+
+  // sums[row] += p[j] · v[j], key by key: for values that must not meet the p = 0 of a row that
+  // does not see them.
+  template <Kind kKind>
+  void multiply_value(int32_t row, int j, const HeadRows& x, int32_t n0) const {
+    BlockRows<const float> one{value.row(j), value.stride};
+    if constexpr (kKind == Kind::kPairs) {
+      load_block(x.data, x.dtype, x.at(n0 + j), x.stride, 1, x.columns, {scratch, sums.stride});
+      one = {scratch, sums.stride};
+    }
+    multiply_block<true>({scores.row(row) + j, kBlockKeys}, one, {sums.row(row), sums.stride}, 1,
+                         sums.stride, 1);
+  }
+
+  int64_t length = 0;  // of the sums over D: floats, or pairs
+};
+
+}  // namespace
+}  // namespace pumice::cpu::PUMICE_ISA
