@@ -343,6 +343,7 @@ class FlashMainloop {
       }
 #pragma unroll
       for (int v = 0; v < Tile::kValueTiles; ++v) {
+        __syncwarp();  // or all loads come first, in registers that there are not
         const uint32_t pair = *reinterpret_cast<const uint32_t*>(
             values + Values::offset(place.warp_key + key, v) + place.lane % 4 * 4);
 #pragma unroll

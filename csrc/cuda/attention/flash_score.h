@@ -53,6 +53,7 @@ __device__ __forceinline__ void apply_score_rule(float (&s)[Tile::kRowTiles][Til
   for (int r = 0; r < Tile::kRowTiles; ++r) {
 #pragma unroll
     for (int n = 0; n < Tile::kKeyTiles; ++n) {
+      __syncwarp();  // one after the other: the registers are full
 #pragma unroll
       for (float& x : s[r][n]) {
         x = rule.softcap > 0.0f ? cap * tanh_by_exp2(x * per_cap) : x * scale;
