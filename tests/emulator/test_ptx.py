@@ -179,6 +179,20 @@ def test_store_16(selftest: Selftest) -> None:
     assert torch.equal(selftest("store_16", x, torch.zeros_like(x)), x)
 
 
+def test_exp2(selftest: Selftest) -> None:
+    """Two units in the last place; subnormal results are zero, infinities and NaN as expected."""
+    x = torch.cat(
+        [torch.linspace(-130, 130, 600), torch.tensor([torch.inf, -torch.inf, torch.nan])]
+    )
+    y = selftest("exp2", x, torch.empty_like(x))
+    exact = torch.exp2(x.double())
+    smallest_normal = torch.finfo(torch.float32).smallest_normal
+    exact = torch.where(exact < smallest_normal, 0.0, exact)
+    exact = torch.where(exact.float().isinf(), torch.inf, exact)
+    assert torch.equal(y.isnan(), x.isnan())
+    torch.testing.assert_close(y.double(), exact, rtol=2.0**-22, atol=0, equal_nan=True)
+
+
 def test_thread_index(selftest: Selftest) -> None:
     """Of blocks of 128 threads."""
     y = torch.zeros(300, dtype=torch.int32)

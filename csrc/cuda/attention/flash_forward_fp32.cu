@@ -1,3 +1,5 @@
+// kernel: flash_forward_fp32
+//
 // Attention of fp32 operands, by fp32 multiplications: the tensor cores would round to TF32.
 //
 // A block has 32 rows at 32 keys a step. A thread has the scores of 4 rows and 2 keys, and the sums

@@ -7,6 +7,7 @@ SELFTEST_LIBRARY(m) {
   m.def("ldmatrix(Tensor bytes, Tensor rows, int count, bool transpose, Tensor(y!) y) -> ()");
   m.def("cp_async(Tensor x, Tensor valid, int size, Tensor(y!) y) -> ()");
   m.def("load_streaming(Tensor x, int size, Tensor(y!) y) -> ()");
+  m.def("exp2(Tensor x, Tensor(y!) y) -> ()");
   m.def("store_16(Tensor x, Tensor(y!) y) -> ()");
 
   // Shuffles, votes, reductions, atomics and integer intrinsics (collectives.cu).

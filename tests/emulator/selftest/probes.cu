@@ -2,6 +2,7 @@
 #include <string>
 
 #include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/exp2.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/load.h"
 #include "cuda/ptx/mma.h"
@@ -71,6 +72,10 @@ __global__ void load_probe(const uint8_t* x, uint32_t* y) {
   }
 }
 
+__global__ void exp2_probe(const float* x, float* y) {
+  y[threadIdx.x] = ptx::exp2_approx(x[threadIdx.x]);
+}
+
 __global__ void store_probe(const uint4* x, uint4* y) {
   ptx::store_16(y + threadIdx.x, x[threadIdx.x]);
 }
@@ -120,6 +125,12 @@ void load_streaming(const Tensor& x, int64_t size, const Tensor& y) {
   if (size == 4) run(load_probe<4>);
 }
 
+void exp2(const Tensor& x, const Tensor& y) {
+  const DeviceGuard guard(x);
+  launch(exp2_probe, 1, static_cast<unsigned>(x.numel()), 0, current_stream(x),
+         read_pointer<float>(x), write_pointer<float>(y));
+}
+
 void store_16(const Tensor& x, const Tensor& y) {
   const DeviceGuard guard(x);
   launch(store_probe, 1, static_cast<unsigned>(x.numel() / 16), 0, current_stream(x),
@@ -134,6 +145,7 @@ SELFTEST_IMPL(m) {
   m.impl("mma", TORCH_BOX(&pumice::cuda::mma));
   m.impl("ldmatrix", TORCH_BOX(&pumice::cuda::ldmatrix));
   m.impl("cp_async", TORCH_BOX(&pumice::cuda::cp_async));
+  m.impl("exp2", TORCH_BOX(&pumice::cuda::exp2));
   m.impl("store_16", TORCH_BOX(&pumice::cuda::store_16));
   m.impl("load_streaming", TORCH_BOX(&pumice::cuda::load_streaming));
 }
