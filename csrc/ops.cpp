@@ -74,4 +74,24 @@ PUMICE_LIBRARY(m) {
 
   // out = Σ_p exp(lses[p] - lse) · outs[p],  lse = ln Σ_p exp(lses[p])
   m.def("merge_attention(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
+
+  // Attention to keys and values in blocks of a pool (csrc/common/paged_cache.h): key j of sequence
+  // b is k_scale · key_cache[block_table[b, j / block_size], j % block_size], j < seq_lens[b]. The
+  // queries are a sequence's last tokens; tree_mask: which of each other they see, bit t of row i.
+  m.def(
+      "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,"
+      " Tensor seq_lens, Tensor? cu_seqlens_q, Tensor? sinks, Tensor? alibi_slopes,"
+      " Tensor? tree_mask, Tensor? k_scale, Tensor? v_scale, *, int max_seqlen_q=0,"
+      " float softmax_scale, bool causal=True, int window_left=-1, int window_right=-1,"
+      " int sink_tokens=0, float softcap=0.0) -> (Tensor out, Tensor lse)");
+
+  // cache[slot / block_size, slot % block_size] = round(rotated key[t] / k_scale), the same of
+  // value without the rotation, slot = slot_mapping[t]; none where it is negative.
+  m.def(
+      "cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+      " Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale, Tensor? cos, Tensor? sin,"
+      " Tensor? positions, *, bool interleaved=False) -> ()");
+
+  // cache[pairs[n, 1]] = cache[pairs[n, 0]] of both caches
+  m.def("cache_copy_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor pairs) -> ()");
 }

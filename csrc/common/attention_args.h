@@ -96,6 +96,28 @@ inline AttentionMask check_attention_mask(const char* op, const AttentionTensors
   return mask;
 }
 
+// What makes a score of a product, without its pointers.
+inline void check_score(const char* op, const std::optional<Tensor>& sinks,
+                        const std::optional<Tensor>& alibi_slopes, double softmax_scale,
+                        double softcap, const Tensor& query, AttentionProblem& problem) {
+  PUMICE_CHECK(softcap >= 0, op, "softcap must not be negative");
+  problem.score.softmax_scale = static_cast<float>(softmax_scale);
+  problem.score.softcap = static_cast<float>(softcap);
+  if (sinks) {
+    check_vector(op, "sinks", *sinks, problem.heads, query);
+    check_float32(op, "sinks", *sinks);
+  }
+  if (alibi_slopes) {
+    const Tensor& slopes = *alibi_slopes;
+    check_float32(op, "alibi_slopes", slopes);
+    PUMICE_CHECK(slopes.is_contiguous() && same_device(slopes, query) &&
+                     slopes.size(-1) == problem.heads &&
+                     (slopes.dim() == 1 || (slopes.dim() == 2 && slopes.size(0) == problem.batch)),
+                 op, "alibi_slopes must have shape [H] or [B, H], on the device of query");
+    problem.score.alibi_batch_stride = slopes.dim() == 2 ? problem.heads : 0;
+  }
+}
+
 // The problem without its pointers. `tensors` come back with the strides that the kernels need.
 inline AttentionProblem check_attention(const char* op, AttentionTensors& tensors,
                                         const AttentionOptions& options) {
@@ -155,22 +177,8 @@ inline AttentionProblem check_attention(const char* op, AttentionTensors& tensor
   problem.key = token_view(key);
   problem.value = token_view(value);
   problem.mask = check_attention_mask(op, tensors, options, problem);
-  PUMICE_CHECK(options.softcap >= 0, op, "softcap must not be negative");
-  problem.score.softmax_scale = static_cast<float>(options.softmax_scale);
-  problem.score.softcap = static_cast<float>(options.softcap);
-  if (tensors.sinks) {
-    check_vector(op, "sinks", *tensors.sinks, problem.heads, query);
-    check_float32(op, "sinks", *tensors.sinks);
-  }
-  if (tensors.alibi_slopes) {
-    const Tensor& slopes = *tensors.alibi_slopes;
-    check_float32(op, "alibi_slopes", slopes);
-    PUMICE_CHECK(slopes.is_contiguous() && same_device(slopes, query) &&
-                     slopes.size(-1) == problem.heads &&
-                     (slopes.dim() == 1 || (slopes.dim() == 2 && slopes.size(0) == problem.batch)),
-                 op, "alibi_slopes must have shape [H] or [B, H], on the device of query");
-    problem.score.alibi_batch_stride = slopes.dim() == 2 ? problem.heads : 0;
-  }
+  check_score(op, tensors.sinks, tensors.alibi_slopes, options.softmax_scale, options.softcap,
+              query, problem);
   return problem;
 }
 

@@ -5,12 +5,14 @@
 // among the keys (the last query at the last key: "bottom-right"). It sees key j if
 //
 //     j ≤ p                                                       (with causal), and
-//     bit j of its row in `bits` is set                           (with bits), and
+//     j < bits_first, or bit j - bits_first of its row in `bits` is set     (with bits), and
 //     j ≤ p + window_right and (j ≥ p - window_left or j < sink_tokens),
 //         or j is global, or p is global.
 //
 // Global positions (Longformer) are 0 … global_tokens - 1 and those listed in global_index. A sink
 // token (StreamingLLM) is seen from beyond the left edge of the window, never from before itself.
+// Bits may be of the queries alone, which are then the last keys: a tree of drafted tokens, each of
+// which sees its ancestors and all that came before the tree.
 //
 // A kernel asks three questions. Which blocks of keys may a tile of queries see, next(); is such a
 // block wholly visible, sees_all(); if not, is this element visible, visible(). So the cost of a
@@ -46,6 +48,9 @@ struct AttentionMask {
   int64_t bits_batch_stride = 0, bits_head_stride = 0;  // in words; 0: one mask for all
   int64_t blocks_batch_stride = 0, blocks_head_stride = 0;
   int32_t bits_row_words = 0, block_columns = 0;
+  // Bit t of a row is the key of query t, not key t; rows follow each other in the order of the
+  // queries of all sequences, [total, bits_row_words], and blocks is null.
+  bool bits_of_queries = false;
 };
 
 PUMICE_HOST_DEVICE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -100,8 +105,9 @@ struct MaskView {
   int32_t window_left, window_right, sink_tokens, global_tokens, global_count;
   const int32_t* global_index;
   const uint32_t* bits;
-  const uint8_t* blocks;
+  const uint8_t* blocks;  // null: nothing is known of squares that reach past bits_first
   int32_t bits_row_words, block_columns;
+  int32_t bits_first;  // the key of bit 0
   int32_t q_len, k_len;
 
   PUMICE_HOST_DEVICE_MEMBER int32_t position(int32_t i) const { return i + k_len - q_len; }
@@ -132,9 +138,10 @@ struct MaskView {
   PUMICE_HOST_DEVICE_MEMBER bool visible(int32_t i, int32_t j) const {
     const int32_t p = position(i);
     if (causal && j > p) return false;
-    if (bits != nullptr &&
-        (bits[static_cast<int64_t>(i) * bits_row_words + j / 32] >> (j % 32) & 1u) == 0) {
-      return false;
+    if (bits != nullptr && j >= bits_first) {
+      const int32_t bit = j - bits_first;
+      const uint32_t word = bits[static_cast<int64_t>(i) * bits_row_words + bit / 32];
+      if ((word >> (bit % 32) & 1u) == 0) return false;
     }
     if (j <= p + window_right && (j >= p - window_left || j < sink_tokens)) return true;
     return windowed() && (is_global(j) || is_global(p));
@@ -143,7 +150,8 @@ struct MaskView {
   // What the squares of `blocks` that queries [m0, m1) and keys [n0, n1) touch say of them.
   PUMICE_HOST_DEVICE_MEMBER MaskBlock summary(int32_t m0, int32_t m1, int32_t n0,
                                               int32_t n1) const {
-    if (bits == nullptr) return kMaskAll;
+    if (bits == nullptr || n1 <= bits_first) return kMaskAll;
+    if (blocks == nullptr) return kMaskSome;
     bool any = false, all = true;
     for (int32_t m = m0 / kMaskBlock; m * kMaskBlock < m1; ++m) {
       for (int32_t n = n0 / kMaskBlock; n * kMaskBlock < n1; ++n) {
@@ -228,8 +236,9 @@ struct MaskView {
   }
 };
 
+// query_row: of the sequence's first query among those of all, for bits_of_queries.
 PUMICE_HOST_DEVICE MaskView mask_view(const AttentionMask& mask, int64_t batch, int64_t head,
-                                      int32_t q_len, int32_t k_len) {
+                                      int32_t q_len, int32_t k_len, int64_t query_row = 0) {
   MaskView view;
   view.causal = mask.causal;
   view.window_left = mask.window_left;
@@ -240,7 +249,11 @@ PUMICE_HOST_DEVICE MaskView mask_view(const AttentionMask& mask, int64_t batch, 
   view.global_index = mask.global_index + batch * mask.global_batch_stride;
   view.bits = mask.bits;
   view.blocks = mask.blocks;
-  if (mask.bits != nullptr) {
+  view.bits_first = 0;
+  if (mask.bits_of_queries) {
+    view.bits += query_row * mask.bits_row_words;
+    view.bits_first = k_len - q_len;
+  } else if (mask.bits != nullptr) {
     view.bits += batch * mask.bits_batch_stride + head * mask.bits_head_stride;
     view.blocks += batch * mask.blocks_batch_stride + head * mask.blocks_head_stride;
   }

@@ -25,6 +25,7 @@ struct AttentionProblem {
   TokenView query, key, value;
   const int32_t* cu_seqlens_q = nullptr;  // null: dense
   const int32_t* cu_seqlens_k = nullptr;
+  const int32_t* seq_lens = nullptr;  // keys of each sequence, in a paged cache (paged_cache.h)
   AttentionMask mask;
   ScoreRule score;
 
@@ -39,6 +40,14 @@ struct SequenceRange {
 };
 
 PUMICE_HOST_DEVICE SequenceRange sequence_of(const AttentionProblem& problem, int64_t batch) {
+  if (problem.seq_lens != nullptr) {
+    const int32_t k_len = problem.seq_lens[batch];
+    if (!problem.packed()) {
+      return {batch * problem.max_q, 0, static_cast<int32_t>(problem.max_q), k_len};
+    }
+    const int32_t q = problem.cu_seqlens_q[batch];
+    return {q, 0, problem.cu_seqlens_q[batch + 1] - q, k_len};
+  }
   if (!problem.packed()) {
     return {batch * problem.max_q, batch * problem.max_k, static_cast<int32_t>(problem.max_q),
             static_cast<int32_t>(problem.max_k)};

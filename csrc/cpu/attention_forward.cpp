@@ -9,6 +9,7 @@
 
 #include "cpu/attention_softmax.h"
 #include "cpu/attention_tile.h"
+#include "cpu/paged_block.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
@@ -24,13 +25,17 @@ class Forward {
   Forward(const AttentionProblem& problem, const AttentionTask& task, float* scratch)
       : problem_(problem),
         task_(task),
-        mask_(mask_view(problem.mask, task.batch, task.head, task.q_len, task.k_len)),
-        keys_(problem.key, problem.dtype, task.key, task.head / problem.group(), problem.head_dim),
-        values_(problem.value, problem.dtype, task.value, task.head / problem.group(),
-                problem.value_dim),
+        mask_(
+            mask_view(problem.mask, task.batch, task.head, task.q_len, task.k_len, task.query_row)),
+        keys_(problem, task, false),
+        values_(problem, task, true),
         queries_(task.m1 - task.m0),
         rows_(queries_ * task.heads) {
     Tile::lay_out(problem, scratch, tile_);
+    if (task.cache != nullptr) {
+      key_scale_ = task.cache->key_scale_of(task.head / problem.group());
+      value_scale_ = task.cache->value_scale_of(task.head / problem.group());
+    }
     tile_.length = kKind == Kind::kPairs ? pairs_of(problem.head_dim) : problem.head_dim;
   }
 
@@ -62,13 +67,18 @@ class Forward {
   // Keys [n0, n0 + kBlockKeys), or as many as there are; next is where the block after begins.
   void block(int32_t n0, int32_t next) {
     const int32_t count = std::min(kBlockKeys, task_.k_len - n0);
-    tile_.load_keys<kKind>(keys_, n0, count);
-    tile_.load_values<kKind>(values_, n0, count);
     const bool whole =
         count == kBlockKeys && mask_.sees_all(task_.m0, task_.m1, n0, n0 + kBlockKeys);
+    uint64_t seen = whole ? ~uint64_t{0} : 0;
     for (int32_t i = 0; !whole && i < queries_; ++i) {
-      tile_.visible[i] = visible_keys(mask_, task_.m0 + i, n0);
+      seen |= tile_.visible[i] = visible_keys(mask_, task_.m0 + i, n0);
     }
+    if (seen == 0) return;
+    constexpr bool kFloat = kKind == Kind::kRows;
+    const HeadRows keys = keys_.block(n0, count, seen, kFloat, tile_.key_pages);
+    const HeadRows values = values_.block(n0, count, seen, kFloat, tile_.value_pages);
+    tile_.load_keys<kKind>(keys, n0, count);
+    tile_.load_values<kKind>(values, n0, count);
     const bool finite = whole || tile_.values_are_finite<kKind>(count);
     for (int32_t row = 0; row < rows_; row += kTileRows) {
       const int32_t rows = std::min(kTileRows, rows_ - row);
@@ -78,7 +88,7 @@ class Forward {
         for (int32_t r = row; r < row + rows; ++r) softmax<false>(r, n0, 0, kBlockKeys, 0);
         tile_.multiply_values<kKind>(row, rows, 0, kBlockKeys);
       } else {
-        partial_strip(n0, count, row, rows, finite);
+        partial_strip(n0, count, row, rows, finite, values);
       }
     }
   }
@@ -93,7 +103,8 @@ class Forward {
 
   // A strip of a block that its rows see only in part: what is done is done for the columns from
   // the first to the last one visible.
-  void partial_strip(int32_t n0, int32_t count, int32_t row, int32_t rows, bool finite) {
+  void partial_strip(int32_t n0, int32_t count, int32_t row, int32_t rows, bool finite,
+                     const HeadRows& values) {
     uint64_t any = 0;
     for (int32_t r = row; r < row + rows; ++r) any |= tile_.visible[r % queries_];
     if (any == 0) return;
@@ -111,7 +122,7 @@ class Forward {
     }
     for (int32_t r = row; r < row + rows; ++r) {
       for (uint64_t bits = tile_.visible[r % queries_]; bits != 0; bits &= bits - 1) {
-        tile_.multiply_value<kKind>(r, std::countr_zero(bits), values_, n0);
+        tile_.multiply_value<kKind>(r, std::countr_zero(bits), values, n0);
       }
     }
   }
@@ -120,8 +131,8 @@ class Forward {
   void softmax(int32_t row, int32_t n0, int left, int right, uint64_t visible) {
     const int32_t h = row / queries_, i = task_.m0 + row % queries_;
     const ScoreRule& score = problem_.score;
-    RowScore rule{score.softmax_scale, score.softcap, 0.0f, score.alibi_slopes != nullptr,
-                  mask_.position(i) - n0};
+    RowScore rule{score.softmax_scale * key_scale_, score.softcap, 0.0f,
+                  score.alibi_slopes != nullptr, mask_.position(i) - n0};
     if (!(score.softcap > 0.0f)) rule.scale *= kLog2E;
     if (rule.alibi) {
       rule.slope =
@@ -144,7 +155,7 @@ class Forward {
       task_.lse[head * task_.lse_head_stride + i] = end.lse;
       float* row_sums = tile_.sums.row(row);
       for (int64_t d = 0; d < tile_.sums.stride; d += kLanes) {
-        store(row_sums + d, multiply(load(row_sums + d), broadcast(end.factor)));
+        store(row_sums + d, multiply(load(row_sums + d), broadcast(end.factor * value_scale_)));
       }
       store_row(row_sums, (i * problem_.heads + head) * problem_.value_dim);
     }
@@ -167,8 +178,9 @@ class Forward {
   const AttentionProblem& problem_;
   const AttentionTask& task_;
   const MaskView mask_;
-  const HeadRows keys_, values_;
+  const TokenSource keys_, values_;
   const int32_t queries_, rows_;
+  float key_scale_ = 1.0f, value_scale_ = 1.0f;  // of a quantized cache
   Tile tile_;
 };
 

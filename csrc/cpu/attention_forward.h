@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/attention_problem.h"
+#include "common/paged_cache.h"
 
 namespace pumice::cpu {
 
@@ -18,7 +19,9 @@ constexpr int32_t kTaskRows = 96;
 struct AttentionTask {
   int64_t batch, head;
   int32_t heads, q_len, k_len, m0, m1, n0, n1;
+  int64_t query_row;          // of the sequence's first query among those of all
   int64_t query, key, value;  // element offsets of the first token of the sequence
+  const PagedCache* cache;    // where key and value lie, or null: in views of the problem
   // Of the sequence: out[i, h, D_v], contiguous, and lse[h · lse_head_stride + i].
   void* out;
   DType out_dtype;

@@ -22,6 +22,7 @@ constexpr int64_t kEnoughTasks = 32;
 struct SequencePlan {
   int64_t batch;
   int32_t q_len, k_len;
+  int64_t query_row;  // of the first query among those of all sequences
   int64_t first_query,
       first_key;  // tokens, from the beginning of the batch or of the packed tensor
   int64_t first_task;
@@ -64,6 +65,7 @@ class AttentionPlan {
     task.batch = sequence.batch;
     task.head = chunk / chunks * problem_.group() + in_group;
     task.heads = static_cast<int32_t>(std::min(heads_, problem_.group() - in_group));
+    task.query_row = sequence.query_row;
     task.q_len = sequence.q_len;
     task.k_len = sequence.k_len;
     task.m0 = static_cast<int32_t>(block * queries_);
@@ -84,15 +86,14 @@ class AttentionPlan {
   void add(int64_t b) {
     SequencePlan sequence{};
     sequence.batch = b;
+    const SequenceRange range = pumice::sequence_of(problem_, b);
+    sequence.query_row = range.query_row;
     if (problem_.packed()) {
-      sequence.first_query = problem_.cu_seqlens_q[b];
-      sequence.first_key = problem_.cu_seqlens_k[b];
-      sequence.q_len = problem_.cu_seqlens_q[b + 1] - problem_.cu_seqlens_q[b];
-      sequence.k_len = problem_.cu_seqlens_k[b + 1] - problem_.cu_seqlens_k[b];
-    } else {
-      sequence.q_len = static_cast<int32_t>(problem_.max_q);
-      sequence.k_len = static_cast<int32_t>(problem_.max_k);
+      sequence.first_query = range.query_row;
+      sequence.first_key = range.key_row;
     }
+    sequence.q_len = range.q_len;
+    sequence.k_len = range.k_len;
     if (sequence.q_len == 0) return;
     const int64_t whole = ceil_div(sequence.q_len, queries_) * head_chunks_;
     const int64_t wanted = std::min(ceil_div(kEnoughTasks, whole), sequence.k_len / kPartKeys);

@@ -68,6 +68,8 @@ struct Tile {
   float* key_memory;        // [D, kBlockKeys] or [kBlockKeys, D]
   float* value_memory;      // [kBlockKeys, D_v]
   float* scratch;           // [kBlockPad, max(D, D_v)]
+  float* key_pages;         // [kBlockKeys, D] and
+  float* value_pages;       // [kBlockKeys, D_v], brought together, of a paged cache
   // Where the block at hand is, there or in place.
   BlockRows<const float> key, value;
 
@@ -90,6 +92,9 @@ struct Tile {
     tile.key_memory = piece(kBlockKeys * query_stride);
     tile.value_memory = piece(kBlockKeys * value_stride);
     tile.scratch = piece(kBlockPad * std::max(query_stride, value_stride));
+    const bool paged = problem.seq_lens != nullptr;
+    tile.key_pages = piece(paged ? kBlockKeys * query_stride : 0);
+    tile.value_pages = piece(paged ? kBlockKeys * value_stride : 0);
     return size;
   }
 

@@ -29,6 +29,16 @@ inline uint64_t global_bits(const MaskView& mask, int32_t n0) {
   return bits;
 }
 
+// Bits [first, first + 64) of a row of so many words: set before the row, clear past its end.
+inline uint64_t row_bits(const uint32_t* row, int32_t words, int32_t first) {
+  if (first <= -kBlockKeys) return ~uint64_t{0};
+  if (first < 0) return row_bits(row, words, 0) << -first | bit_range(0, -first);
+  const auto word = [&](int32_t w) { return uint64_t{w < words ? row[w] : 0u}; };
+  const int32_t w = first / 32, shift = first % 32;
+  const uint64_t bits = (word(w) | word(w + 1) << 32) >> shift;
+  return shift == 0 ? bits : bits | word(w + 2) << (64 - shift);
+}
+
 // Bit j: whether query i sees key n0 + j; n0 is a multiple of kBlockKeys and below k_len.
 inline uint64_t visible_keys(const MaskView& mask, int32_t i, int32_t n0) {
   const int64_t p = mask.position(i) - int64_t{n0};
@@ -41,10 +51,8 @@ inline uint64_t visible_keys(const MaskView& mask, int32_t i, int32_t n0) {
   }
   seen &= bit_range(0, (mask.causal && p + 1 < mask.k_len - n0) ? p + 1 : mask.k_len - n0);
   if (mask.bits != nullptr) {
-    const uint32_t* words = mask.bits + static_cast<int64_t>(i) * mask.bits_row_words + n0 / 32;
-    uint64_t bits = words[0];
-    if (n0 / 32 + 1 < mask.bits_row_words) bits |= static_cast<uint64_t>(words[1]) << 32;
-    seen &= bits;
+    const uint32_t* words = mask.bits + static_cast<int64_t>(i) * mask.bits_row_words;
+    seen &= row_bits(words, mask.bits_row_words, n0 - mask.bits_first);
   }
   return seen;
 }

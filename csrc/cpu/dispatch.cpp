@@ -62,4 +62,9 @@ const AttentionBackwardKernels& attention_backward_kernels() {
   return kernels;
 }
 
+const PagedKernels& paged_kernels() {
+  static const PagedKernels& kernels = PUMICE_SELECT(paged_kernels);
+  return kernels;
+}
+
 }  // namespace pumice::cpu

@@ -5,6 +5,7 @@
 #include "cpu/attention_forward.h"
 #include "cpu/int4_kernels.h"
 #include "cpu/int8_kernels.h"
+#include "cpu/paged_kernels.h"
 
 namespace pumice::cpu {
 
@@ -17,5 +18,6 @@ const Int4GemmKernels& int4_gemm_kernels();
 const Int4DigitKernels& int4_few_kernels();
 const Int4DigitKernels& int4_panel_kernels();
 const AttentionBackwardKernels& attention_backward_kernels();
+const PagedKernels& paged_kernels();
 
 }  // namespace pumice::cpu

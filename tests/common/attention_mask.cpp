@@ -8,6 +8,8 @@
 //     sees_all     is never wrong where it says so, and says so inside a plain window
 //     summary      is what the squares of 64 show
 //
+// and all of these where the bits are those of a tree of queries, behind other keys.
+//
 // Prints what does not hold.
 #include "common/attention_mask.h"
 
@@ -45,8 +47,12 @@ struct Case {
     return (position >= 0 && position < mask.global_tokens) || is_listed(position);
   }
 
+  // Of a tree: key j is that of query j - first.
   bool bit(int i, int j) const {
-    return mask.bits == nullptr || (bits[i * mask.bits_row_words + j / 32] >> (j % 32) & 1) != 0;
+    if (mask.bits == nullptr) return true;
+    const int first = mask.bits_of_queries ? k_len - q_len : 0;
+    if (j < first) return true;
+    return (mask.bits[i * mask.bits_row_words + (j - first) / 32] >> ((j - first) % 32) & 1) != 0;
   }
 
   bool defined_visible(int i, int j) const {
@@ -115,8 +121,16 @@ void draw_bits(Case& c) {
   c.mask.blocks = c.blocks.data();
 }
 
-void draw_case(Case& c, bool with_bits) {
-  const int longest = with_bits ? 200 : 60;
+// A row of bits for each of some queries of other sequences, then for each of this one.
+void draw_tree(Case& c, int query_row) {
+  c.mask.bits_row_words = (c.q_len + 31) / 32 + draw(2);
+  c.bits.assign((query_row + c.q_len) * c.mask.bits_row_words, 0);
+  for (uint32_t& word : c.bits) word = generator() | generator();
+  c.mask.bits_of_queries = true;
+}
+
+void draw_case(Case& c, bool with_bits, bool tree, int query_row) {
+  const int longest = with_bits || tree ? 200 : 60;
   c.q_len = draw(longest) + 1;
   c.k_len = draw(longest) + 1;
   c.mask = AttentionMask{};
@@ -134,6 +148,10 @@ void draw_case(Case& c, bool with_bits) {
     c.mask.global_count = static_cast<int32_t>(c.index.size());
   }
   if (with_bits) draw_bits(c);
+  if (tree) {
+    draw_tree(c, query_row);
+    c.mask.bits = c.bits.data() + query_row * c.mask.bits_row_words;
+  }
   c.shown.resize(c.q_len * c.k_len);
   for (int i = 0; i < c.q_len; ++i) {
     for (int j = 0; j < c.k_len; ++j) c.shown[i * c.k_len + j] = c.defined_visible(i, j);
@@ -229,19 +247,22 @@ int main() {
   Needless keys, queries;
   Case c;
   for (int t = 0; t < 12000; ++t) {
-    const bool with_bits = t % 12 == 0;
-    draw_case(c, with_bits);
-    const MaskView view = mask_view(c.mask, 0, 0, c.q_len, c.k_len);
+    const bool with_bits = t % 12 == 0, tree = t % 12 == 1;
+    const int query_row = draw(5);
+    draw_case(c, with_bits, tree, query_row);
+    AttentionMask mask = c.mask;  // whose bits begin at the first sequence
+    if (tree) mask.bits = c.bits.data();
+    const MaskView view = mask_view(mask, 0, 0, c.q_len, c.k_len, tree ? query_row : 0);
     for (int i = 0; i < c.q_len; ++i) {
       for (int j = 0; j < c.k_len; ++j) {
         expect(view.visible(i, j) == (c.shown[i * c.k_len + j] != 0), "visible", c, i, j);
       }
     }
-    const int block = with_bits ? 1 << (3 + draw(5)) : 1 + draw(9);
-    const int other = with_bits ? 1 << (3 + draw(5)) : 1 + draw(9);
+    const int block = with_bits || tree ? 1 << (3 + draw(5)) : 1 + draw(9);
+    const int other = with_bits || tree ? 1 << (3 + draw(5)) : 1 + draw(9);
     check_keys(c, view, other, block, keys);
     check_queries(c, view, other, block, queries);
-    if (with_bits) check_summary(c, view);
+    if (with_bits || tree) check_summary(c, view);
   }
   // Keys: not one. Queries: those before the first key, where there are global tokens.
   if (keys.named > 0 || queries.named * 20 > queries.blocks) {

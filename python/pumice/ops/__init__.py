@@ -6,12 +6,15 @@ from pumice.ops.attention_mask import PackedMask, pack_attention_mask
 from pumice.ops.gemm import int8_linear, int8_mixed_linear
 from pumice.ops.int4_gemm import int4_linear
 from pumice.ops.int4_weight import int4_dequantize, int4_pack, int4_unpack
+from pumice.ops.paged import cache_append, cache_copy_blocks, paged_attention
 from pumice.ops.quantize import int8_quantize
 
 _library.register("pumice")
 
 __all__ = [
     "PackedMask",
+    "cache_append",
+    "cache_copy_blocks",
     "flash_attention",
     "flash_attention_varlen",
     "int4_dequantize",
@@ -23,4 +26,5 @@ __all__ = [
     "int8_quantize",
     "merge_attention",
     "pack_attention_mask",
+    "paged_attention",
 ]

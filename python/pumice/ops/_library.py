@@ -34,6 +34,9 @@ devices: set[str] = {"meta"}
 # Why there are no CUDA kernels; None once they are loaded.
 cuda_unavailable: str | None = "the CUDA library was not looked for"
 
+# Operators that the CUDA library does not hold.
+without_cuda: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True)
 class _Operator:
@@ -41,7 +44,7 @@ class _Operator:
 
     name: str
     fake: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] | None  # None: writes into its arguments, as torch allows it
     setup_context: Callable[..., None] | None
 
 
@@ -52,7 +55,7 @@ def declare(
     name: str,
     *,
     fake: Callable[..., Any],
-    backward: Callable[..., Any],
+    backward: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
     """Remember the fake and the gradient of an operator for :func:`register`."""
@@ -64,9 +67,10 @@ def register(namespace: str) -> None:
     for operator in _declared:
         qualified_name = f"{namespace}::{operator.name}"
         torch.library.register_fake(qualified_name, operator.fake)
-        torch.library.register_autograd(
-            qualified_name, operator.backward, setup_context=operator.setup_context
-        )
+        if operator.backward is not None:
+            torch.library.register_autograd(
+                qualified_name, operator.backward, setup_context=operator.setup_context
+            )
 
 
 def not_differentiable(name: str, advice: str) -> Callable[..., Any]:
@@ -137,12 +141,29 @@ def no_kernel(op: str, device: torch.device) -> RuntimeError:
     )
 
 
+def has_kernel(namespace: str, name: str, key: str) -> bool:
+    """Whether the operator has a kernel for a dispatch key ("CPU", "CUDA")."""
+    has: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(f"{namespace}::{name}", key)
+
+
+def check_cuda_kernel(op: str, device: torch.device) -> None:
+    """Refuse a GPU where the CUDA library is loaded, but lacks this operator."""
+    if device.type == "cuda" and op in without_cuda:
+        raise NotImplementedError(
+            f"{op}: this version of pumice has no CUDA kernel for it yet, only a CPU one"
+        )
+
+
 def load() -> None:
     """Load the libraries of this installation."""
-    global cuda_unavailable
+    global cuda_unavailable, without_cuda
     folder = library_folder()
     _load_cpu(folder)
     cuda_unavailable = _load_cuda(folder)
+    if cuda_unavailable is None:
+        paged = ("paged_attention", "cache_append", "cache_copy_blocks")
+        without_cuda = frozenset(op for op in paged if not has_kernel("pumice", op, "CUDA"))
 
 
 load()
