@@ -21,19 +21,21 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Blocks of floats, laid out one after the other in the worker's scratch.
+// Blocks of floats, laid out one after the other in the worker's scratch; without memory they are
+// only counted.
 class Scratch {
  public:
-  explicit Scratch(float* next) : next_(next) {}
+  explicit Scratch(float* memory) : memory_(memory) {}
   BlockRows<float> block(int64_t rows, int64_t columns) {
-    const BlockRows<float> found{next_, padded_columns(columns)};
-    next_ += rows * found.stride;
+    const BlockRows<float> found{memory_ ? memory_ + size_ : nullptr, padded_columns(columns)};
+    size_ += rows * found.stride;
     return found;
   }
-  const float* end() const { return next_; }
+  int64_t size() const { return size_; }
 
  private:
-  float* next_;
+  float* memory_;
+  int64_t size_ = 0;
 };
 
 struct Buffers {
@@ -44,7 +46,7 @@ struct Buffers {
   BlockRows<float> p, ds;  // S, then P; grad_out·value, then dS
   BlockRows<float> transposition;
   BlockRows<float> grad_query;  // of every query of the region, head by head
-  const float* end;
+  int64_t size;
 
   Buffers(const AttentionProblem& problem, int64_t grad_query_rows, float* memory) {
     const int64_t d = problem.head_dim, dv = problem.value_dim;
@@ -62,7 +64,7 @@ struct Buffers {
     ds = scratch.block(kGradQueries, kGradKeys);
     transposition = scratch.block(kBlockPad, std::max(d, dv));
     grad_query = scratch.block(grad_query_rows, d);
-    end = scratch.end();
+    size = scratch.size();
   }
 };
 
@@ -249,7 +251,7 @@ void gradients(const AttentionBackwardJob& job, const AttentionRegion& region, f
 }
 
 int64_t scratch_size(const AttentionProblem& problem, int64_t query_rows) {
-  return Buffers(problem, query_rows, nullptr).end - static_cast<const float*>(nullptr);
+  return Buffers(problem, query_rows, nullptr).size;
 }
 
 void delta(const AttentionBackwardJob& job, int64_t batch, int64_t head) {
