@@ -158,7 +158,7 @@ def test_smollm2_is_the_same_model_with_pumices_attention(smollm2, dtype):
     base, quality = (perplexity(m, ids, windows=2) for m in (eager, ours))
     ratio, _ = quality.relative_to(base)
     # bfloat16 rounds at 2^-8, and either rounds elsewhere.
-    assert ratio == pytest.approx(1.0, abs=1e-5 if dtype == torch.float32 else 3e-3)
+    assert ratio == pytest.approx(1.0, abs=1e-5 if dtype == torch.float32 else 5e-3)
     if dtype != torch.float32:
         return  # where two tokens are nearly as likely, rounding chooses
     prompts = torch.stack([ids[:40], ids[1000:1040]])
