@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import weakref
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _free(ggml: ctypes.CDLL, buffers: list[int], contexts: list[int], backend: int) -> None:
+    for buffer in buffers:
+        ggml.ggml_backend_buffer_free(buffer)
+    for context in contexts:
+        ggml.ggml_free(context)
+    ggml.ggml_backend_free(backend)
+
+
 class Product:
     """y = x @ W^T for one x and several W, which ggml quantizes to one of ``TYPES``."""
 
@@ -92,6 +101,7 @@ class Product:
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._backend = ggml.ggml_backend_cpu_init()
+        weakref.finalize(self, _free, ggml, self._buffers, self._contexts, self._backend)
         ggml.ggml_backend_cpu_set_n_threads(self._backend, torch.get_num_threads())
         rest = self._context()
         m, k = x.shape
@@ -120,13 +130,6 @@ class Product:
         if status != 0:
             raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
         return self._results[index]  # float32 [M, N], ggml's own memory
-
-    def __del__(self) -> None:
-        for buffer in self._buffers:
-            self._ggml.ggml_backend_buffer_free(buffer)
-        for context in self._contexts:
-            self._ggml.ggml_free(context)
-        self._ggml.ggml_backend_free(self._backend)
 
     def _context(self) -> int:
         """Room for descriptions; tensors get their memory by _allocate."""
