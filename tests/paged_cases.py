@@ -105,7 +105,7 @@ class Inputs:
                     alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
                     tree=None if self.trees is None else self.trees[b],
                     dtype=dtype,
-                )  # fmt: skip
+                )
             )
         return results
 

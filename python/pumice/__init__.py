@@ -9,6 +9,7 @@ from pumice.flash_attn import (
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
+from pumice.flash_attn_kvcache import flash_attn_with_kvcache, reshape_and_cache_flash
 from pumice.quantize import AWQ, GPTQ, RTN, AWQScaling, Int8, LLMInt8
 from pumice.report import Report, report
 
@@ -27,11 +28,13 @@ __all__ = [
     "doctor",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "load",
     "nn",
     "ops",
     "quantize",
     "report",
+    "reshape_and_cache_flash",
     "save",
     "scaled_dot_product_attention",
 ]

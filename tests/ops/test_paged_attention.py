@@ -227,7 +227,7 @@ def test_threads_do_not_matter() -> None:
 
 def test_a_library_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "without_cuda", frozenset({"paged_attention"}))
-    with pytest.raises(NotImplementedError, match="paged_attention: .* no CUDA kernel for it yet"):
+    with pytest.raises(NotImplementedError, match=r"paged_attention: .* no CUDA kernel for it yet"):
         _library.check_cuda_kernel("paged_attention", torch.device("cuda"))
     _library.check_cuda_kernel("paged_attention", torch.device("cpu"))
     _library.check_cuda_kernel("flash_attention", torch.device("cuda"))
