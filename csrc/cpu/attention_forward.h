@@ -9,10 +9,10 @@
 
 namespace pumice::cpu {
 
-// Rows of a task, a row being a query of one head: with kBlockKeys keys at a time, the blocks of
-// q, k, v, the scores and the sums take 200 KB where D = 128, within L2; and the keys, converted
-// and transposed by each task, serve so many rows. A multiple of the rows of every register tile.
-constexpr int32_t kTaskRows = 96;
+// Rows of a task, a row being a query of one head: each task reads, converts and transposes the keys
+// for itself, a tenth of its work with so many rows. The blocks of q, k, v, the scores and the sums
+// take 330 KB where D = 128, within L2. A multiple of the rows of every register tile.
+constexpr int32_t kTaskRows = 192;
 
 // Part of the scores: queries [m0, m1) of heads [head, head + heads), which share a KV head and a
 // mask, against keys [n0, n1), n0 a multiple of 64.
