@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import attention, int4, int8, outlier_weights, readme, results
+from bench import attention, int4, int8, outlier_weights, paged, readme, results
 from bench.cases import Bench, CaseT, Linear
 from bench.machine import describe
 
@@ -81,6 +81,23 @@ def attention_command(
     if not cases:
         raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
     run(attention.BENCH, cases, device, dtypes, threads, seconds, record, png)
+
+
+@app.command(name="paged")
+def paged_command(
+    device: Device = "cpu",
+    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
+    dtypes: Dtypes = "",
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    record: Record = False,
+    png: Picture = None,
+) -> None:
+    """Decoding over a paged cache beside contiguous keys, and gathering them for torch."""
+    cases = [case for case in paged.CASES[device]() if only in str(case)]
+    if not cases:
+        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
+    run(paged.BENCH, cases, device, dtypes, threads, seconds, record, png)
 
 
 def run(

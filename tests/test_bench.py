@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import attention, int4, int8, outlier_weights, readme, results
+from bench import attention, int4, int8, outlier_weights, paged, readme, results
 from bench.cases import Linear, UnavailableError
 from bench.machine import Machine, describe
 from bench.timing import Timing, copies_beyond_cache, measure
@@ -216,3 +216,29 @@ def test_readme_tables_are_those_of_the_recorded_results():
 def test_kept_weights_buy_accuracy_and_decomposition_buys_more():
     dequantized, kept, plain = outlier_weights.errors(30.0)
     assert kept < dequantized < plain / 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        paged.Paged(2, 4, 2, 48, 16),
+        paged.Paged(2, 4, 4, 40, 16, block_size=5),
+        paged.Paged(1, 8, 2, 32, 16, stored="fp8"),
+        paged.Paged(3, 2, 2, 32, 16, stored="int8"),
+    ],
+    ids=str,
+)
+def test_paged_contenders_compute_the_same(case):
+    inputs = paged.make_inputs(case, MACHINE, torch.device("cpu"), torch.float32)
+    results = {}
+    for name, peer in paged.PEERS.items():
+        try:
+            results[name] = peer(inputs)(1)
+        except UnavailableError:
+            assert case.stored
+    assert len(results) == (2 if case.stored else 3)
+    for result in results.values():
+        torch.testing.assert_close(result, results["torch"], rtol=1e-4, atol=1e-5)
+    assert paged.floor_us(case, MACHINE, torch.float32) == pytest.approx(
+        2 * case.batch * case.keys * case.kv_heads * 16 * (1 if case.stored else 4) / 10e9 * 1e6
+    )
