@@ -26,6 +26,8 @@ def case(queries: int, keys: int, dim: int, value_dim: int, dtype: torch.dtype) 
 # More than 16 rows; more than three blocks of keys, so that the ring of tiles comes round.
 TILES = {
     "64": replace(case(150, 300, 64, 64, HALF), mask="causal"),
+    # The first query sees all keys of a block but its last.
+    "64, the diagonal just inside a block": replace(case(130, 192, 64, 64, HALF), mask="causal"),
     "64, padded": case(40, 270, 24, 40, BRAIN),
     "96": replace(case(40, 200, 96, 80, BRAIN), mask="left"),
     "128": replace(case(130, 330, 128, 128, BRAIN), mask="causal"),
@@ -57,7 +59,7 @@ SHORT_TILES = {
     "256": case(5, 300, 256, 200, BRAIN),
     "fewer keys than warps": case(4, 3, 64, 64, BRAIN),
     "parts": replace(case(1, 1300, 64, 64, BRAIN), heads=4, sinks=True, mask="causal"),
-    "parts, windowed": replace(case(2, 1300, 32, 32, HALF), mask="streaming"),
+    "parts, windowed": replace(case(2, 1300, 32, 32, HALF), mask="streaming", sinks=True),
     "parts, bits": replace(case(4, 1030, 128, 97, BRAIN), heads=2, mask="bits"),
     "parts, wide": replace(case(7, 600, 256, 256, HALF), heads=2, alibi="H"),
 }
