@@ -9,9 +9,9 @@
 
 namespace pumice::cpu {
 
-// Rows of a task, a row being a query of one head: each task reads, converts and transposes the keys
-// for itself, a tenth of its work with so many rows. The blocks of q, k, v, the scores and the sums
-// take 330 KB where D = 128, within L2. A multiple of the rows of every register tile.
+// Rows of a task, a row being a query of one head: each task reads, converts and transposes the
+// keys for itself, a tenth of its work with so many rows. The blocks of q, k, v, the scores and the
+// sums take 330 KB where D = 128, within L2. A multiple of the rows of every register tile.
 constexpr int32_t kTaskRows = 192;
 
 // Part of the scores: queries [m0, m1) of heads [head, head + heads), which share a KV head and a
