@@ -61,7 +61,7 @@ SHORT_TILES = {
     "parts": replace(case(1, 1300, 64, 64, BRAIN), heads=4, sinks=True, mask="causal"),
     "parts, windowed": replace(case(2, 1300, 32, 32, HALF), mask="streaming", sinks=True),
     "parts, bits": replace(case(4, 1030, 128, 97, BRAIN), heads=2, mask="bits"),
-    "parts, wide": replace(case(7, 600, 256, 256, HALF), heads=2, alibi="H"),
+    "parts, wide": replace(case(7, 600, 256, 256, HALF), heads=2, alibi="H", sinks=True),
 }
 
 FP32 = {
