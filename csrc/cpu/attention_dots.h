@@ -12,7 +12,8 @@ namespace {
 // q, and with something finite in k.
 //
 // The sums of kLanes keys are kept as one register each; transposed, those add up lane by lane.
-inline void multiply_rows(BlockRows<const float> q, BlockRows<const float> k, BlockRows<float> out,
+template <typename Keys>
+inline void multiply_rows(BlockRows<const float> q, const Keys& k, BlockRows<float> out,
                           int64_t rows, int64_t keys, int64_t columns) {
   for (int64_t j = 0; j < padded_columns(keys); j += kLanes) {
     const float* key[kLanes];
@@ -36,6 +37,57 @@ inline void multiply_rows(BlockRows<const float> q, BlockRows<const float> k, Bl
       store(out.row(i) + j, sums[0]);
     }
   }
+}
+
+// Rows of floats anywhere, as in the pages of a cache.
+struct RowTable {
+  const float* const* rows;
+  const float* row(int64_t i) const { return rows[i]; }
+};
+
+// c[i, j] += Σ_{l < k} a(i, l) · b[l, j] in the order of multiply_block().
+template <int kRows, int kVectors>
+void add_products_tile(const LeftOperand& a, RowTable b, int64_t column, BlockRows<float> c,
+                       int64_t k) {
+  Vec sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = zero();
+  }
+  for (int64_t l = 0; l < k; ++l) {
+    const float* right = b.row(l) + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec element = broadcast(a.data[i * a.row + l * a.step]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) {
+        sum[i][j] = fma(element, load(right + j * kLanes), sum[i][j]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      float* at = c.row(i) + column + j * kLanes;
+      store(at, add(load(at), sum[i][j]));
+    }
+  }
+}
+
+// The same for i < m, at most four, and j < n, a multiple of kLanes.
+template <int kRows = 4>
+void add_products(const LeftOperand& a, RowTable b, BlockRows<float> c, int64_t m, int64_t n,
+                  int64_t k) {
+  if constexpr (kRows > 1) {
+    if (m < kRows) return add_products<kRows - 1>(a, b, c, m, n, k);
+  }
+  int64_t column = 0;
+  for (; column + kTileVectors * kLanes <= n; column += kTileVectors * kLanes) {
+    add_products_tile<kRows, kTileVectors>(a, b, column, c, k);
+  }
+  for (; column < n; column += kLanes) add_products_tile<kRows, 1>(a, b, column, c, k);
 }
 
 }  // namespace

@@ -33,7 +33,8 @@ inline int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 struct HeadRows {
   const void* data;
   DType dtype;
-  int64_t begin, stride, columns;  // in elements
+  int64_t begin, stride, columns;           // in elements
+  const float* const* scattered = nullptr;  // where the rows of a block lie, if not at a stride
 
   HeadRows(const TokenView& view, DType type, int64_t offset, int64_t head, int64_t dim)
       : data(view.data),
@@ -72,6 +73,8 @@ struct Tile {
   float* value_pages;       // [kBlockKeys, D_v], brought together, of a paged cache
   // Where the block at hand is, there or in place.
   BlockRows<const float> key, value;
+  const float* const* key_rows = nullptr;  // or, of few rows, one by one
+  const float* const* value_rows = nullptr;
 
   // With no memory, only the size in floats is of interest.
   static int64_t lay_out(const AttentionProblem& problem, float* memory, Tile& tile) {
@@ -114,6 +117,8 @@ struct Tile {
   void load_keys(const HeadRows& x, int32_t n0, int32_t count) {
     const BlockRows<float> transposed{key_memory, kBlockKeys};
     key = {key_memory, kBlockKeys};
+    key_rows = x.scattered;
+    if (key_rows != nullptr) return;
     if constexpr (kKind == Kind::kPairs) {
       load_transposed_pairs(x.data, x.at(n0), x.stride, count, x.columns, scratch, transposed);
     } else if constexpr (kKind == Kind::kFloats) {
@@ -131,6 +136,8 @@ struct Tile {
   void load_values(const HeadRows& x, int32_t n0, int32_t count) {
     const BlockRows<float> rows{value_memory, sums.stride};
     value = {value_memory, sums.stride};
+    value_rows = x.scattered;
+    if (value_rows != nullptr) return;
     if constexpr (kKind == Kind::kPairs) {
       load_row_pairs(x.data, x.at(n0), x.stride, count, x.columns, rows);
     } else if (kKind == Kind::kRows && x.in_place()) {
@@ -148,7 +155,7 @@ struct Tile {
     Vec nothing = zero();  // x·0 is 0 of every finite x, NaN of the others
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t d = 0; d < sums.stride; d += kLanes) {
-        nothing = fma(load(value.row(j) + d), zero(), nothing);
+        nothing = fma(load(value_row(j) + d), zero(), nothing);
       }
     }
     return sum(nothing) == 0.0f;
@@ -159,8 +166,14 @@ struct Tile {
   void multiply_keys(int32_t row, int32_t rows, int left, int right, int32_t count) const {
     const BlockRows<float> products{scores.row(row) + left, kBlockKeys};
     if constexpr (kKind == Kind::kRows) {
-      multiply_rows({query.row(row), query.stride}, {key.row(left), key.stride}, products, rows,
-                    std::min(right, count) - left, query.stride);
+      const BlockRows<const float> q{query.row(row), query.stride};
+      const int keys = std::min(right, count) - left;
+      if (key_rows != nullptr) {
+        multiply_rows(q, RowTable{key_rows + left}, products, rows, keys, query.stride);
+      } else {
+        const BlockRows<const float> k{key.row(left), key.stride};
+        multiply_rows(q, k, products, rows, keys, query.stride);
+      }
     } else {
       using Lanes = std::conditional_t<kKind == Kind::kPairs, Pairs, Floats>;
       for (int64_t d = 0; d < length; d += kSumLength) {
@@ -189,6 +202,9 @@ struct Tile {
       p.data += first;
       multiply_block<true, Pairs>(p, {value.row(first), value.stride}, out, rows, sums.stride,
                                   last - first);
+    } else if (kKind == Kind::kRows && value_rows != nullptr) {
+      p.data += first;
+      add_products(p, RowTable{value_rows + first}, out, rows, sums.stride, last - first);
     } else {
       p.data += first;
       multiply_block<true>(p, {value.row(first), value.stride}, out, rows, sums.stride,
@@ -200,13 +216,17 @@ struct Tile {
   // does not see them.
   template <Kind kKind>
   void multiply_value(int32_t row, int j, const HeadRows& x, int32_t n0) const {
-    BlockRows<const float> one{value.row(j), value.stride};
+    BlockRows<const float> one{value_row(j), value.stride};
     if constexpr (kKind == Kind::kPairs) {
       load_block(x.data, x.dtype, x.at(n0 + j), x.stride, 1, x.columns, {scratch, sums.stride});
       one = {scratch, sums.stride};
     }
     multiply_block<true>({scores.row(row) + j, kBlockKeys}, one, {sums.row(row), sums.stride}, 1,
                          sums.stride, 1);
+  }
+
+  const float* value_row(int64_t j) const {
+    return value_rows != nullptr ? value_rows[j] : value.row(j);
   }
 
   int64_t length = 0;  // of the sums over D: floats, or pairs

@@ -54,11 +54,36 @@ class PagedRows {
       return rows(view_.data, dtype_, at, view_.slot_stride, n0);
     }
     const DType dtype = as_float ? DType::kFloat32 : dtype_;
-    gather(n0, count, seen, dtype, memory);
-    return rows(memory, dtype, 0, columns_, n0);
+    HeadRows result = rows(memory, dtype, 0, columns_, n0);
+    if (as_float && dtype_ == dtype && cache_.type == CacheType::kQuery && result.in_place()) {
+      result.scattered = scatter(n0, count, seen, memory);
+    } else {
+      gather(n0, count, seen, dtype, memory);
+    }
+    return result;
   }
 
  private:
+  // Where the rows of a block lie, written to `memory`; the unseen ones as one row of 0 behind.
+  const float* const* scatter(int32_t n0, int32_t count, uint64_t seen, float* memory) const {
+    const float** result = reinterpret_cast<const float**>(memory);
+    float* nothing = memory + kBlockKeys * sizeof(float*) / sizeof(float);
+    std::memset(nothing, 0, static_cast<size_t>(columns_) * sizeof(float));
+    int32_t page = n0 / cache_.block_size, slot = n0 % cache_.block_size;
+    for (int32_t t = 0; t < count; ++page, slot = 0) {
+      const int32_t run = std::min(count - t, cache_.block_size - slot);
+      const bool read = (seen >> t & bit_range(0, run)) != 0;
+      const float* at =
+          read ? static_cast<const float*>(view_.data) + view_.at(table_[page], slot, head_)
+               : nothing;
+      for (const int32_t end = t + run; t < end; ++t) {
+        result[t] = (seen >> t & 1) != 0 ? at : nothing;
+        at += read ? view_.slot_stride : 0;
+      }
+    }
+    return result;
+  }
+
   // Rows whose token n0 lies at element `at`.
   HeadRows rows(const void* data, DType dtype, int64_t at, int64_t stride, int32_t n0) const {
     return HeadRows({data, 0, stride, 0}, dtype, at - n0 * stride, 0, columns_);
@@ -70,6 +95,15 @@ class PagedRows {
       const int32_t run = std::min(count - t, cache_.block_size - slot);
       const bool read = (seen >> t & bit_range(0, run)) != 0;
       int64_t at = read ? view_.at(table_[page], slot, head_) : 0;
+      if (dtype == DType::kFloat32 && cache_.type == CacheType::kQuery &&
+          (~(seen >> t) & bit_range(0, run)) == 0) {
+        for (int32_t r = 0; r < run; ++r) {
+          load_elements(view_.data, dtype_, at + r * view_.slot_stride, columns_,
+                        memory + (t + r) * columns_);
+        }
+        t += run;
+        continue;
+      }
       for (const int32_t end = t + run; t < end; ++t, at += view_.slot_stride) {
         char* row = reinterpret_cast<char*>(memory) + t * columns_ * size_of(dtype);
         if ((seen >> t & 1) != 0) {
