@@ -1,0 +1,34 @@
+"""The paged cache's kernels of every instruction set, against the oracle.
+
+Each runs in a process of its own: it chooses once.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent / "ops"
+FILES = {
+    "test_paged_attention.py": "cpu and (cpu-3 or cpu-11 or long_decode or contiguous)",
+    "test_paged_cache.py": "cpu",
+}
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("file", FILES)
+def test_against_the_oracle(isa: str, file: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", FILES[file],
+         TESTS / file],
+        env={**os.environ, "PUMICE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    assert " passed" in finished.stdout
