@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import attention, int4, int8, outlier_weights, paged, readme, results
+from bench import attention, block_manager, int4, int8, outlier_weights, paged, readme, results
 from bench.cases import Bench, CaseT, Linear
 from bench.machine import describe
 
@@ -130,6 +130,12 @@ def run(
 def outlier_weights_command() -> None:
     """LLM.int8()'s outlier columns by dequantized or kept 16-bit weights: error and memory."""
     console.print(Markdown(outlier_weights.table()))
+
+
+@app.command(name="block-manager")
+def block_manager_command() -> None:
+    """The paged cache's books: operations a second, and memory against reserving in one piece."""
+    console.print(Markdown(block_manager.tables()))
 
 
 @app.command(name="readme")

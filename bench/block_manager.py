@@ -265,13 +265,21 @@ def sequence_rate(sequences: int = 20000) -> float:
     return sequences / (time.perf_counter() - start)
 
 
-if __name__ == "__main__":
-    print(f"append + commit   {append_rate() / 1e6:.1f} M tokens/s with prefix caching")
-    print(f"                  {append_rate(prefix_caching=False) / 1e6:.1f} M tokens/s without")
-    print(f"allocate + free   {sequence_rate() / 1e3:.0f} k sequences/s")
+def tables() -> str:
+    """Both, in Markdown."""
+    lines = [
+        "| operation | a second |",
+        "|---|---|",
+        f"| append and commit a token, 256 sequences a call | {append_rate() / 1e6:.1f} M |",
+        f"| the same without the prefix cache | {append_rate(prefix_caching=False) / 1e6:.1f} M |",
+        f"| allocate and free 100 tokens, one sequence a call | {sequence_rate() / 1e3:.0f} k |",
+        "",
+        "| reservation | tokens, of reserved slots | of the pool | running | preempted |",
+        "|---|---|---|---|---|",
+    ]
     for row in memory_table():
-        reserved, pool = 100 * row.of_reserved, 100 * row.of_pool
-        print(
-            f"{row.name:<18} {reserved:5.1f} % of reserved, {pool:5.1f} % of the pool, "
-            f"{row.running:5.1f} running, {row.preempted} preempted"
+        lines.append(
+            f"| {row.name} | {100 * row.of_reserved:.1f} % | {100 * row.of_pool:.1f} % "
+            f"| {row.running:.1f} | {row.preempted} |"
         )
+    return "\n".join(lines)
