@@ -30,13 +30,14 @@ class Forward {
         keys_(problem, task, false),
         values_(problem, task, true),
         queries_(task.m1 - task.m0),
-        rows_(queries_ * task.heads) {
+        rows_(queries_ * task.heads),
+        packed_size_(Tile::packed_size<kKind>(problem)) {
     Tile::lay_out(problem, scratch, tile_);
     if (task.cache != nullptr) {
       key_scale_ = task.cache->key_scale_of(task.head / problem.group());
       value_scale_ = task.cache->value_scale_of(task.head / problem.group());
     }
-    tile_.length = kKind == Kind::kPairs ? pairs_of(problem.head_dim) : problem.head_dim;
+    tile_.length = length_of<kKind>(problem);
   }
 
   void run() {
@@ -77,8 +78,12 @@ class Forward {
     constexpr bool kFloat = kKind == Kind::kRows;
     const HeadRows keys = keys_.block(n0, count, seen, kFloat, tile_.key_pages);
     const HeadRows values = values_.block(n0, count, seen, kFloat, tile_.value_pages);
-    tile_.load_keys<kKind>(keys, n0, count);
-    tile_.load_values<kKind>(values, n0, count);
+    if (packed()) {
+      tile_.use_packed(packed_block(n0));
+    } else {
+      tile_.load_keys<kKind>(keys, n0, count);
+      tile_.load_values<kKind>(values, n0, count);
+    }
     const bool finite = whole || tile_.values_are_finite<kKind>(count);
     for (int32_t row = 0; row < rows_; row += kTileRows) {
       const int32_t rows = std::min(kTileRows, rows_ - row);
@@ -93,10 +98,19 @@ class Forward {
     }
   }
 
-  // The block that begins at n0, into the second level of cache: tokens are too far apart for the
-  // processor to foresee. Every strip of rows fetches its share.
+  // The block that begins at n0, into the second level of cache: the processor does not foresee
+  // it, least of all tokens far apart. Every strip of rows fetches its share.
   void fetch(int32_t n0, int32_t row, int32_t rows) const {
     const int32_t count = std::min(kBlockKeys, task_.k_len - n0);
+    if (packed()) {
+      if (count <= 0) return;
+      const float* next = packed_block(n0);
+      const int64_t end = packed_size_ * (row + rows) / rows_;
+      for (int64_t at = packed_size_ * row / rows_; at < end; at += kBlockPad) {
+        __builtin_prefetch(next + at, 0, 2);
+      }
+      return;
+    }
     keys_.fetch(n0 + count * row / rows_, n0 + count * (row + rows) / rows_);
     values_.fetch(n0 + count * row / rows_, n0 + count * (row + rows) / rows_);
   }
@@ -171,6 +185,11 @@ class Forward {
     }
   }
 
+  bool packed() const { return kKind != Kind::kRows && task_.packed != nullptr; }
+  const float* packed_block(int32_t n0) const {
+    return task_.packed + n0 / kBlockKeys * packed_size_;
+  }
+
   RowState state(int32_t row) const {
     return {tile_.reference + row, tile_.weights + row * kLanes};
   }
@@ -180,15 +199,52 @@ class Forward {
   const MaskView mask_;
   const TokenSource keys_, values_;
   const int32_t queries_, rows_;
+  const int64_t packed_size_;
   float key_scale_ = 1.0f, value_scale_ = 1.0f;  // of a quantized cache
   Tile tile_;
 };
 
+// Of tasks of more than a few rows.
+constexpr Kind kPairsIfAny = kHasPairs ? Kind::kPairs : Kind::kFloats;
+bool takes_pairs(const AttentionProblem& problem) {
+  return kHasPairs && problem.dtype == DType::kBFloat16;
+}
+
+int64_t packed_size(const AttentionProblem& problem) {
+  return takes_pairs(problem) ? Tile::packed_size<kPairsIfAny>(problem)
+                              : Tile::packed_size<Kind::kFloats>(problem);
+}
+
+template <Kind kKind>
+void pack_block(const AttentionProblem& problem, const AttentionTask& task, float* scratch,
+                float* packed) {
+  Tile tile;
+  Tile::lay_out(problem, scratch, tile);
+  tile.length = length_of<kKind>(problem);
+  tile.key_memory = packed;
+  tile.value_memory = packed + tile.length * kBlockKeys;
+  const int64_t head = task.head / problem.group();
+  const int32_t count = std::min(kBlockKeys, task.k_len - task.n0);
+  tile.load_keys<kKind>(HeadRows(problem.key, problem.dtype, task.key, head, problem.head_dim),
+                        task.n0, count);
+  tile.load_values<kKind>(
+      HeadRows(problem.value, problem.dtype, task.value, head, problem.value_dim), task.n0, count);
+}
+
+void pack(const AttentionProblem& problem, const AttentionTask& task, float* scratch,
+          float* packed) {
+  if (takes_pairs(problem)) {
+    pack_block<kPairsIfAny>(problem, task, scratch, packed);
+  } else {
+    pack_block<Kind::kFloats>(problem, task, scratch, packed);
+  }
+}
+
 void run(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
   if ((task.m1 - task.m0) * task.heads <= kFewRows) {
     Forward<Kind::kRows>(problem, task, scratch).run();
-  } else if (kHasPairs && problem.dtype == DType::kBFloat16) {
-    Forward<kHasPairs ? Kind::kPairs : Kind::kFloats>(problem, task, scratch).run();
+  } else if (takes_pairs(problem)) {
+    Forward<kPairsIfAny>(problem, task, scratch).run();
   } else {
     Forward<Kind::kFloats>(problem, task, scratch).run();
   }
@@ -196,6 +252,6 @@ void run(const AttentionProblem& problem, const AttentionTask& task, float* scra
 
 }  // namespace
 
-const AttentionForwardKernels attention_forward_kernels = {scratch_size, run};
+const AttentionForwardKernels attention_forward_kernels = {scratch_size, packed_size, pack, run};
 
 }  // namespace pumice::cpu::PUMICE_ISA

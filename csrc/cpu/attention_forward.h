@@ -9,9 +9,9 @@
 
 namespace pumice::cpu {
 
-// Rows of a task, a row being a query of one head: each task reads, converts and transposes the
-// keys for itself, a tenth of its work with so many rows. The blocks of q, k, v, the scores and the
-// sums take 330 KB where D = 128, within L2. A multiple of the rows of every register tile.
+// Rows of a task, a row being a query of one head: each task reads the keys anew. The blocks of q,
+// k, v, the scores and the sums take 330 KB where D = 128, within L2. A multiple of the rows of
+// every register tile.
 constexpr int32_t kTaskRows = 192;
 
 // Part of the scores: queries [m0, m1) of heads [head, head + heads), which share a KV head and a
@@ -22,6 +22,7 @@ struct AttentionTask {
   int64_t query_row;          // of the sequence's first query among those of all
   int64_t query, key, value;  // element offsets of the first token of the sequence
   const PagedCache* cache;    // where key and value lie, or null: in views of the problem
+  const float* packed;        // or once more, block after block, as pack() left them; may be null
   // Of the sequence: out[i, h, D_v], contiguous, and lse[h · lse_head_stride + i].
   void* out;
   DType out_dtype;
@@ -54,8 +55,12 @@ struct AttentionMaskPack {
 };
 
 struct AttentionForwardKernels {
-  // The floats of scratch that run() takes.
+  // The floats of scratch that run() and pack() take, and of a packed block.
   int64_t (*scratch_size)(const AttentionProblem& problem);
+  int64_t (*packed_size)(const AttentionProblem& problem);
+  // The 64 keys and values from n0 on, or as many as there are, as run() multiplies by them.
+  void (*pack)(const AttentionProblem& problem, const AttentionTask& task, float* scratch,
+               float* packed);
   void (*run)(const AttentionProblem& problem, const AttentionTask& task, float* scratch);
 };
 

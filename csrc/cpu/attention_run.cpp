@@ -65,8 +65,19 @@ void attention_forward(const AttentionProblem& problem, const PagedCache* cache,
   const size_t scratch = workspace.reserve<float>(workers * scratch_size);
   const size_t partial_outs = workspace.reserve<float>(plan.partial_rows() * problem.value_dim);
   const size_t partial_lses = workspace.reserve<float>(plan.partial_rows());
+  const int64_t packed_size = kernels.packed_size(problem);
+  const size_t packed = workspace.reserve<float>(plan.packed_blocks() * packed_size);
   workspace.allocate(out);
 
+  const auto packed_at = [&](int64_t block) {
+    return workspace.at<float>(packed) + block * packed_size;
+  };
+  for_tasks(plan.packed_blocks(), workers, [&](int64_t worker, int64_t index) {
+    AttentionTask task{};
+    const int64_t block = plan.describe_block(plan.sequence_of_block(index), index, task);
+    kernels.pack(problem, task, workspace.at<float>(scratch) + worker * scratch_size,
+                 packed_at(block));
+  });
   const auto partial_out = [&](const SequencePlan& sequence, int64_t part) {
     const int64_t row = sequence.partial + part * sequence.q_len * problem.heads;
     return workspace.at<float>(partial_outs) + row * problem.value_dim;
@@ -76,10 +87,11 @@ void attention_forward(const AttentionProblem& problem, const PagedCache* cache,
            part * sequence.q_len * problem.heads;
   };
   for_tasks(plan.tasks(), workers, [&](int64_t worker, int64_t index) {
-    const SequencePlan& sequence = plan.sequence_of(index);
+    const SequencePlan& sequence = plan.sequence_of_task(index);
     AttentionTask task{};
     const int64_t part = plan.describe(sequence, index, task);
     task.cache = cache;
+    if (sequence.blocks > 0) task.packed = packed_at(plan.first_block(sequence, task.head));
     if (sequence.parts > 1) {
       task.out = partial_out(sequence, part);
       task.out_dtype = DType::kFloat32;

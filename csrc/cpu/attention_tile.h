@@ -29,6 +29,12 @@ constexpr int64_t kSumLength = 128;
 
 inline int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 
+// Of the sums over D: floats, or pairs.
+template <Kind kKind>
+int64_t length_of(const AttentionProblem& problem) {
+  return kKind == Kind::kPairs ? pairs_of(problem.head_dim) : problem.head_dim;
+}
+
 // Tokens of one head of one sequence.
 struct HeadRows {
   const void* data;
@@ -101,6 +107,18 @@ struct Tile {
     return size;
   }
 
+  // A block of keys and values that lies in memory as load_keys() and load_values() leave it,
+  // those behind these.
+  template <Kind kKind>
+  static int64_t packed_size(const AttentionProblem& problem) {
+    const int64_t rows = kKind == Kind::kPairs ? kBlockKeys / 2 : kBlockKeys;
+    return length_of<kKind>(problem) * kBlockKeys + rows * padded_columns(problem.value_dim);
+  }
+  void use_packed(const float* block) {
+    key = {block, kBlockKeys};
+    value = {block + length * kBlockKeys, sums.stride};
+  }
+
   // Queries m0, … of one head, from `row` on.
   template <Kind kKind>
   void load_queries(const HeadRows& x, int32_t m0, int32_t count, int32_t row) {
@@ -150,7 +168,7 @@ struct Tile {
   template <Kind kKind>
   bool values_are_finite(int32_t count) const {
     if constexpr (kKind == Kind::kPairs) {
-      return pairs_are_finite(value_memory, pairs_of(count) * value.stride);
+      return pairs_are_finite(value.data, pairs_of(count) * value.stride);
     }
     Vec nothing = zero();  // x·0 is 0 of every finite x, NaN of the others
     for (int64_t j = 0; j < count; ++j) {
@@ -229,7 +247,7 @@ struct Tile {
     return value_rows != nullptr ? value_rows[j] : value.row(j);
   }
 
-  int64_t length = 0;  // of the sums over D: floats, or pairs
+  int64_t length = 0;  // see length_of()
 };
 
 }  // namespace

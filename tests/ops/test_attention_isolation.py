@@ -179,6 +179,24 @@ def among_others(backend: Backend, given: object) -> tuple[Tensor, Tensor]:
     return out[rows].cpu(), lse[:, rows].cpu()
 
 
+@pytest.mark.parametrize("hidden", [0.0, float("nan")])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sharing_the_keys_changes_no_bit(dtype: torch.dtype, hidden: float) -> None:
+    """On the CPU the keys of many query blocks are packed once for all, those of a few are not."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 333, 8, 40, generator=generator).to(dtype)
+    key = torch.randn(1, 333, 1, 40, generator=generator).to(dtype)
+    value = torch.randn(1, 333, 1, 24, generator=generator).to(dtype)
+    value[:, 300] = hidden  # from the rows before
+    many, lse = pumice.ops.flash_attention(query, key, value, causal=True, return_lse=True)
+    few, few_lse = pumice.ops.flash_attention(
+        query[:, -100:], key, value, causal=True, return_lse=True
+    )
+    torch.testing.assert_close(many[:, -100:], few, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(lse[..., -100:], few_lse)
+    assert many[:, :300].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_thread_invariance(dtype: torch.dtype) -> None:
     case = AttentionCase(batch=3, queries=130, keys=300, heads=4, kv_heads=2, dim=64, value_dim=64,
