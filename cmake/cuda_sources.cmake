@@ -20,6 +20,11 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/attention/attention_mask_pack.cu
   csrc/cuda/attention/attention_align.cu
   csrc/cuda/attention/ops_attention.cu
+  csrc/cuda/attention/paged_forward_fp16.cu
+  csrc/cuda/attention/paged_forward_bf16.cu
+  csrc/cuda/attention/cache_append.cu
+  csrc/cuda/attention/cache_copy_blocks.cu
+  csrc/cuda/attention/ops_paged.cu
   csrc/cuda/attention/flash_backward_rows.cu
   csrc/cuda/attention/flash_backward_fp16.cu
   csrc/cuda/attention/flash_backward_bf16.cu

@@ -24,6 +24,7 @@ from paged_cases import (
     inputs,
     poison,
     require,
+    require_cache,
     run,
 )
 from pumice.ops import _library
@@ -104,6 +105,7 @@ def test_bits_of_contiguous_attention(backend: Backend, mask: str, dtype: torch.
 def test_a_row_knows_its_sequence_alone(backend: Backend, cache_dtype: torch.dtype | None) -> None:
     """The same bits alone, in any batch, dense or packed, in any block, and again."""
     require(backend, "paged_attention")
+    require_cache(backend, cache_dtype)
     for dtype in (torch.bfloat16, torch.float32):
         case = PagedCase(lengths=tuple(LENGTHS["verify"][:2]), heads=4, kv_heads=2, dim=32,
                          value_dim=32, dtype=dtype, cache_dtype=cache_dtype,
@@ -174,6 +176,51 @@ def test_tree_mask_as_bits(backend: Backend) -> None:
     ):
         assert torch.equal(out, other)
         assert torch.equal(lse, other_lse)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_blocks_that_do_not_exist_are_not_touched(backend: Backend, dtype: torch.dtype) -> None:
+    """CUDA does not look at the table: keys of such blocks are zero, lengths cut at the table's."""
+    if backend.name == "cpu":
+        pytest.skip("the CPU refuses them")
+    require(backend, "paged_attention")
+    case = PagedCase(lengths=((3, 40), (1, 30)), dtype=dtype, block_size=8, mask="causal")
+    given = inputs(case)
+    expected = replace(given, table=given.table.clone(), cache=replace(
+        given.cache, key=torch.cat([given.cache.key, torch.zeros(1, 8, 1, 16, dtype=dtype)]),
+        value=torch.cat([given.cache.value, torch.zeros(1, 8, 1, 16, dtype=dtype)])))  # fmt: skip
+    for b, n, entry in ((0, 1, -1), (0, 4, 2**31 - 1), (1, 0, len(given.cache.key))):
+        given.table[b, n] = entry
+        expected.table[b, n] = len(given.cache.key)  # zeros
+    for (out, lse), (other, other_lse) in zip(
+        run(backend, given), run(backend, expected), strict=True
+    ):
+        assert torch.equal(out, other)
+        assert torch.equal(lse, other_lse)
+    cache = [x.to(backend.device) for x in (given.cache.key, given.cache.value)]
+    table = torch.zeros(3, 2, dtype=torch.int32, device=backend.device)
+    query = torch.ones(3, 1, 1, 16, dtype=dtype, device=backend.device)
+    results = [
+        pumice.ops.paged_attention(
+            query, *cache, table, torch.tensor(lengths).int().to(query.device)
+        )
+        for lengths in ([17, 2**31 - 1, -5], [16, 16, 0])
+    ]
+    assert torch.equal(results[0].nan_to_num(7), results[1].nan_to_num(7))
+
+
+@pytest.mark.parametrize("cache_dtype", BYTES)
+def test_what_cuda_does_not_have_yet(backend: Backend, cache_dtype: torch.dtype) -> None:
+    """Refused, by name: never another path in silence."""
+    if backend.name == "cpu":
+        pytest.skip("the CPU has it")
+    require(backend, "paged_attention")
+    name = str(cache_dtype).removeprefix("torch.")
+    with pytest.raises(RuntimeError, match=f"no CUDA kernel for {name} caches yet"):
+        run(backend, inputs(PagedCase(cache_dtype=cache_dtype)))
+    for changed in ({"dim": 12}, {"value_dim": 12}):
+        with pytest.raises(RuntimeError, match="_cache must lie on boundaries of 16 bytes on CUDA"):
+            run(backend, inputs(PagedCase(dtype=torch.float16, **changed)))
 
 
 @pytest.mark.parametrize("shape", [(0, 1), (3, 0), (0, 0)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pumice
 from backends import Backend
-from paged_cases import PagedCase, caches, inputs, packed_tree, require
+from paged_cases import PagedCase, caches, inputs, packed_tree, require, require_cache
 
 
 def arguments(backend: Backend, **changed: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -42,6 +42,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changed", CASES, ids=["plain", "tree", "int8"])
 def test_opcheck_attention(backend: Backend, changed: dict[str, Any]) -> None:
     require(backend, "paged_attention")
+    require_cache(backend, changed.get("cache_dtype"))
     tensors, options = arguments(backend, **changed)
     tensors[0].requires_grad_()
     # The gradient refuses, which is all there is to check of it.

@@ -14,17 +14,12 @@
 #include "cuda/attention/flash_forward.h"
 #include "cuda/attention/flash_mainloop.h"
 #include "cuda/attention/flash_outside.h"
+#include "cuda/attention/paged_source.h"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 
 namespace pumice::cuda {
 namespace {
-
-// Where keys begin, as FlashBlock wants a source.
-struct Fp32Keys {
-  const float *keys, *values;
-  int64_t key_stride, value_stride;  // elements
-};
 
 template <int kColumnsOfThread>
 struct Fp32Tile {
@@ -43,16 +38,16 @@ struct Fp32Tile {
   static constexpr int kTileOffset = kRows * kStride;  // in floats
   static constexpr int kWeightOffset = kTileOffset + kKeys * kStride;
   static constexpr int kBlockOffset = (kWeightOffset + kRows * kWeightStride + 1) / 2 * 2;
-  static constexpr size_t kSharedBytes = kBlockOffset * 4 + sizeof(FlashBlock<Fp32Keys>);
+  static constexpr size_t kSharedBytes = kBlockOffset * 4 + FlashShort64::kBlockBytes;
 };
 
 // p of a key that the row does not see; others are not negative, or NaN.
 constexpr float kHidden = -1.0f;
 
-template <class Tile>
+template <class Tile, class Source>
 class Fp32Rows {
  public:
-  __device__ Fp32Rows(const FlashForward& call, const FlashBlock<Fp32Keys>& block, float* shared)
+  __device__ Fp32Rows(const FlashForward& call, const FlashBlock<Source>& block, float* shared)
       : call_(call),
         block_(block),
         work_(block.work),
@@ -82,12 +77,12 @@ class Fp32Rows {
       const int j0 = n * Tile::kKeys, keys = mask.k_len - j0;
       const bool partial = !block_.sees_all(n, Tile::kKeys);
       load(tile_, keys, head_dim,
-           [&](int r) { return block_.source.keys + (j0 + r) * block_.source.key_stride; });
+           [&](int r) { return reinterpret_cast<const float*>(block_.source.key(j0 + r)); });
       __syncthreads();
       weigh(j0, head_dim, partial);
       __syncthreads();
       load(tile_, keys, value_dim,
-           [&](int r) { return block_.source.values + (j0 + r) * block_.source.value_stride; });
+           [&](int r) { return reinterpret_cast<const float*>(block_.source.value(j0 + r)); });
       __syncthreads();
       add(value_dim, partial);
       __syncthreads();
@@ -137,7 +132,8 @@ class Fp32Rows {
   }
 
  private:
-  // Rows that exist to shared memory, a warp for each; the others, and columns up to a multiple of
+  // Rows that exist (the source of one that does not may be null, too) to shared memory, a warp for
+  // each; the others, and columns up to a multiple of
   // 4, become zero.
   template <class RowSource>
   __device__ static void load(float* tile, int rows, int columns, RowSource&& row_source) {
@@ -145,7 +141,7 @@ class Fp32Rows {
     for (int r = warp_index(); r < 32; r += Tile::kThreads / kWarpSize) {
       const float* row = r < rows ? row_source(r) : nullptr;
       for (int c = lane_index(); c < padded; c += kWarpSize) {
-        tile[r * Tile::kStride + c] = r < rows && c < columns ? row[c] : 0.0f;
+        tile[r * Tile::kStride + c] = row != nullptr && c < columns ? row[c] : 0.0f;
       }
     }
   }
@@ -239,7 +235,7 @@ class Fp32Rows {
   }
 
   const FlashForward& call_;
-  const FlashBlock<Fp32Keys>& block_;
+  const FlashBlock<Source>& block_;
   const FlashWork& work_;
   float *query_, *tile_, *weights_;
   int row0_, lane_;
@@ -248,47 +244,51 @@ class Fp32Rows {
   float sums_[Tile::kRowsOfThread][Tile::kColumns] = {};
 };
 
-template <class Tile>
+template <class Tile, class Source>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
-    flash_forward_fp32_kernel(const __grid_constant__ FlashForward call) {
+    flash_forward_fp32_kernel(const __grid_constant__ typename Source::Call call) {
   store_outside<float>(call);
   auto* shared = dynamic_shared_memory<float>();
-  auto* block = reinterpret_cast<FlashBlock<Fp32Keys>*>(shared + Tile::kBlockOffset);
+  using Block = FlashBlock<Source>;
+  static_assert(sizeof(Block) <= FlashShort64::kBlockBytes);
+  auto* block = reinterpret_cast<Block*>(shared + Tile::kBlockOffset);
   if (threadIdx.x == 0) {
     const FlashWork work(call);
     block->work.exists = work.exists;
     if (work.exists) {
-      const AttentionProblem& problem = call.problem;
-      const int kv_head = work.head0 / static_cast<int>(problem.group());
-      const auto first = [&](const TokenView& view) {
-        return static_cast<const float*>(view.data) +
-               token_offset(view, work.sequence.batch, work.sequence.k_begin, 0, kv_head);
-      };
-      const Fp32Keys source = {first(problem.key), first(problem.value), problem.key.token_stride,
-                               problem.value.token_stride};
-      *block = FlashBlock<Fp32Keys>(call, work, source, Tile::kKeys);
+      const int kv_head = work.head0 / static_cast<int>(call.problem.group());
+      *block = Block(call, work, Source::of(call, work.sequence, kv_head), Tile::kKeys);
     }
   }
   __syncthreads();
   if (!block->work.exists) return;
-  Fp32Rows<Tile> rows(call, *block, shared);
+  Fp32Rows<Tile, Source> rows(call, *block, shared);
   rows.run();
   rows.store();
 }
 
-template <class Tile>
-void launch_fp32(const FlashForward& call, int64_t blocks, cudaStream_t stream) {
-  launch(flash_forward_fp32_kernel<Tile>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
-         Tile::kSharedBytes, stream, call);
+template <class Tile, class Source>
+void launch_fp32(const typename Source::Call& call, int64_t blocks, cudaStream_t stream) {
+  launch(flash_forward_fp32_kernel<Tile, Source>, dim3(static_cast<unsigned>(blocks)),
+         dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
+}
+
+template <class Source>
+void launch_fp32_of_dims(const typename Source::Call& call, int64_t blocks, cudaStream_t stream) {
+  const int64_t dim = std::max(call.problem.head_dim, call.problem.value_dim);
+  if (dim <= 64) return launch_fp32<Fp32Tile<4>, Source>(call, blocks, stream);
+  if (dim <= 128) return launch_fp32<Fp32Tile<8>, Source>(call, blocks, stream);
+  return launch_fp32<Fp32Tile<16>, Source>(call, blocks, stream);
 }
 
 }  // namespace
 
 void flash_forward_fp32(const FlashForward& call, int64_t blocks, cudaStream_t stream) {
-  const int64_t dim = std::max(call.problem.head_dim, call.problem.value_dim);
-  if (dim <= 64) return launch_fp32<Fp32Tile<4>>(call, blocks, stream);
-  if (dim <= 128) return launch_fp32<Fp32Tile<8>>(call, blocks, stream);
-  return launch_fp32<Fp32Tile<16>>(call, blocks, stream);
+  launch_fp32_of_dims<ContiguousKeys>(call, blocks, stream);
+}
+
+void paged_forward_fp32(const PagedForward& call, int64_t blocks, cudaStream_t stream) {
+  launch_fp32_of_dims<PagedKeys>(call, blocks, stream);
 }
 
 }  // namespace pumice::cuda

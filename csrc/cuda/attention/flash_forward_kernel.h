@@ -9,11 +9,11 @@
 
 namespace pumice::cuda {
 
-template <class T, class Tile>
+template <class T, class Tile, class Source>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    flash_forward_kernel(const __grid_constant__ FlashForward call) {
+    flash_forward_kernel(const __grid_constant__ typename Source::Call call) {
   store_outside<T>(call);
-  using Block = FlashBlock<ContiguousKeys>;
+  using Block = FlashBlock<Source>;
   static_assert(sizeof(Block) <= Tile::kBlockBytes);
   auto* shared = dynamic_shared_memory<unsigned char>();
   auto* block = reinterpret_cast<Block*>(shared + Tile::kBlockOffset);
@@ -22,14 +22,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     block->work.exists = work.exists;
     if (work.exists) {
       const int kv_head = work.head0 / static_cast<int>(call.problem.group());
-      *block =
-          Block(call, work, contiguous_keys(call.problem, work.sequence, kv_head), Tile::kKeys);
+      *block = Block(call, work, Source::of(call, work.sequence, kv_head), Tile::kKeys);
     }
   }
   __syncthreads();
   const FlashWork& work = block->work;
   if (!work.exists) return;
-  FlashMainloop<T, Tile, ContiguousKeys> mainloop(call, *block, shared);
+  FlashMainloop<T, Tile, Source> mainloop(call, *block, shared);
   mainloop.run();
   if constexpr (Tile::kWarpsKeys == 1) {
     store_rows<T, Tile>(call, work, mainloop, shared);
@@ -38,10 +37,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
 }
 
-template <class T, class Tile>
-void launch_flash_forward(const FlashForward& call, int64_t blocks, cudaStream_t stream) {
-  launch(flash_forward_kernel<T, Tile>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
-         Tile::kSharedBytes, stream, call);
+template <class T, class Tile, class Source = ContiguousKeys>
+void launch_flash_forward(const typename Source::Call& call, int64_t blocks, cudaStream_t stream) {
+  launch(flash_forward_kernel<T, Tile, Source>, dim3(static_cast<unsigned>(blocks)),
+         dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
 }
 
 // By the head dims, and by how many rows the plan's tiles have.

@@ -14,10 +14,24 @@ struct FlashSequence {
   int32_t q_len, k_len;
 };
 
-// Packed: lengths are cut at max_q and max_k, which the grid and the workspace were made for.
+// Lengths on the device are cut at max_q and max_k, which the grid and the workspace were made for.
+// Those of a paged cache's keys are in seq_lens; where keys lie is the block table's affair.
 PUMICE_HOST_DEVICE FlashSequence flash_sequence(const AttentionProblem& problem, int64_t batch) {
   FlashSequence sequence;
   sequence.batch = batch;
+  if (problem.seq_lens != nullptr) {
+    const bool packed = problem.packed();
+    const int32_t q_begin = packed ? problem.cu_seqlens_q[batch] : 0;
+    const auto max_q = static_cast<int32_t>(problem.max_q);
+    sequence.k_begin = 0;
+    sequence.q_begin = q_begin;
+    sequence.q_token = packed ? q_begin : batch * problem.max_q;
+    sequence.q_len =
+        packed ? larger(0, smaller(problem.cu_seqlens_q[batch + 1] - q_begin, max_q)) : max_q;
+    sequence.k_len =
+        larger(0, smaller(problem.seq_lens[batch], static_cast<int32_t>(problem.max_k)));
+    return sequence;
+  }
   if (!problem.packed()) {
     sequence.q_begin = sequence.k_begin = 0;
     sequence.q_token = batch * problem.max_q;

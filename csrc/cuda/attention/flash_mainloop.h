@@ -91,7 +91,8 @@ struct FlashBlock {
                         const Source& its_source, int keys)
       : work(its_work), source(its_source) {
     const FlashSequence& sequence = work.sequence;
-    mask = mask_view(call.problem.mask, sequence.batch, work.head0, sequence.q_len, sequence.k_len);
+    mask = mask_view(call.problem.mask, sequence.batch, work.head0, sequence.q_len, sequence.k_len,
+                     sequence.q_token);
     m0 = work.query(0, call.plan.pack);
     m1 = work.query(work.rows - 1, call.plan.pack) + 1;
     walk = mask.keys_of(m0, m1, keys);
@@ -102,7 +103,7 @@ struct FlashBlock {
     clean_end =
         min(min(p0 + mask.window_right, mask.causal ? p0 : kUnboundedWindow) + 1, mask.k_len) /
         keys;
-    if (mask.bits != nullptr) clean_end = 0;
+    if (mask.bits != nullptr) clean_end = min(clean_end, mask.bits_first / keys);
   }
   __device__ __forceinline__ bool clean(int n) const { return n >= clean_first && n < clean_end; }
   // The block of keys after n.

@@ -1,8 +1,9 @@
 // Where a kernel finds the keys and values of one head of one sequence, by the number of the key.
-// Another source (a block table) needs only the same two functions, with SharedTile::copy.
+// A source has the kernel's argument, a function that makes it, and two that copy: paged_source.h
+// has another.
 #pragma once
 
-#include "cuda/attention/flash_layout.h"
+#include "cuda/attention/flash_schedule.h"
 #include "cuda/attention/shared_tile.h"
 #include "cuda/ptx/thread.h"
 
@@ -10,8 +11,28 @@ namespace pumice::cuda {
 
 // At a constant distance from each other.
 struct ContiguousKeys {
+  using Call = FlashForward;
+
   const unsigned char *keys, *values;
   int64_t key_stride, value_stride;  // bytes
+
+  static __device__ __forceinline__ ContiguousKeys of(const FlashForward& call,
+                                                      const FlashSequence& sequence, int kv_head) {
+    const AttentionProblem& problem = call.problem;
+    const int64_t size = problem.dtype == DType::kFloat32 ? 4 : 2;
+    const auto first = [&](const TokenView& view) {
+      return static_cast<const unsigned char*>(view.data) +
+             size * token_offset(view, sequence.batch, sequence.k_begin, 0, kv_head);
+    };
+    return {first(problem.key), first(problem.value), size * problem.key.token_stride,
+            size * problem.value.token_stride};
+  }
+
+  // Where key or value j begins.
+  __device__ __forceinline__ const unsigned char* key(int j) const { return keys + j * key_stride; }
+  __device__ __forceinline__ const unsigned char* value(int j) const {
+    return values + j * value_stride;
+  }
 
   // Starts the copies of keys or values j .. of `rows` that there are from j on.
   template <class Tile, int kThreads>
@@ -27,17 +48,5 @@ struct ContiguousKeys {
                                           values + j * value_stride, value_stride);
   }
 };
-
-__device__ __forceinline__ ContiguousKeys contiguous_keys(const AttentionProblem& problem,
-                                                          const FlashSequence& sequence,
-                                                          int kv_head) {
-  const int64_t size = problem.dtype == DType::kFloat32 ? 4 : 2;
-  const auto first = [&](const TokenView& view) {
-    return static_cast<const unsigned char*>(view.data) +
-           size * token_offset(view, sequence.batch, sequence.k_begin, 0, kv_head);
-  };
-  return {first(problem.key), first(problem.value), size * problem.key.token_stride,
-          size * problem.value.token_stride};
-}
 
 }  // namespace pumice::cuda

@@ -55,7 +55,7 @@ struct FlashTile {
   static constexpr int kSlotBytes = kKeys * std::max(kHeadDim, kValueDim) * 2;
   static constexpr int kRingOffset = kQueryBytes;
   static constexpr int kBlockOffset = kRingOffset + kRing * kSlotBytes;
-  static constexpr int kBlockBytes = 384;  // flash_mainloop.h: FlashBlock
+  static constexpr int kBlockBytes = 448;  // flash_mainloop.h: FlashBlock
   static constexpr size_t kSharedBytes = kBlockOffset + kBlockBytes;
   static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from sm_80 on");
 
@@ -172,7 +172,7 @@ inline FlashPlan plan_flash(const AttentionProblem& problem, int32_t tile_rows, 
   const auto max_k = static_cast<int32_t>(problem.max_k);
   const int32_t tiles = plan.tiles(max_q);
   plan.slab_rows = static_cast<int32_t>(std::min<int64_t>(rows, tile_rows));
-  if (!problem.packed()) {
+  if (!problem.packed() && problem.seq_lens == nullptr) {
     const int32_t parts = flash_parts(plan, problem.mask, max_q, max_k);
     plan.items = tiles * parts;
     plan.slab_items = parts == 1 ? 0 : plan.items * plan.grid_heads;

@@ -1,11 +1,8 @@
 // The attention operators on CUDA, but for the gradients: arguments, workspace, and which kernels.
 // Nothing here waits for the device, so every operator can be captured in a CUDA graph.
-#include <limits>
-
 #include "common/attention_args.h"
-#include "cuda/attention/aligned_operand.h"
 #include "cuda/attention/device_problem.h"
-#include "cuda/attention/flash_forward.h"
+#include "cuda/attention/flash_run.h"
 
 namespace pumice::cuda {
 namespace {
@@ -30,57 +27,19 @@ std::tuple<Tensor, Tensor> flash_attention(
   check_cuda_attention(op, problem);
 
   const DeviceGuard guard(tensors.query);
-  const cudaStream_t stream = current_stream(tensors.query);
-  const int sm_count = device_properties(tensors.query).sm_count;
-  const ScalarType dtype = tensors.query.scalar_type();
-  Tensor out = new_empty(tensors.query, shape_with_last(tensors.query, problem.value_dim), dtype);
-  Tensor lse = cu_seqlens_q
-                   ? new_empty(tensors.query, {problem.heads, problem.total_q}, ScalarType::Float)
-                   : new_empty(tensors.query, {problem.batch, problem.heads, problem.max_q},
-                               ScalarType::Float);
-  if (problem.batch == 0 || problem.max_q == 0 || problem.total_q == 0) {
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-    torch::stable::zero_(out);
-    return {out, lse};
-  }
-
+  auto [out, lse] = new_attention_results(tensors.query, problem, cu_seqlens_q.has_value());
+  if (attention_is_empty(problem, out, lse)) return {out, lse};
   set_device_pointers(problem, tensors);
-  const FlashPlans plans = plan_flash_calls(problem, sm_count);
   Workspace workspace;
-  const bool is_16bit = problem.dtype != DType::kFloat32;
   std::vector<AlignedOperand> operands;
-  if (is_16bit) {
+  if (problem.dtype != DType::kFloat32) {
     operands.emplace_back(tensors.query, problem.query, workspace);
     operands.emplace_back(tensors.key, problem.key, workspace);
     operands.emplace_back(tensors.value, problem.value, workspace);
     call.key_columns = static_cast<int32_t>(operands[1].columns());
     call.value_columns = static_cast<int32_t>(operands[2].columns());
   }
-  // One piece for the plans' partial results: they run one after the other.
-  int64_t partial_rows = 0;
-  for (int i = 0; i < plans.count; ++i) {
-    partial_rows = std::max(partial_rows, flash_partial_rows(plans.plan[i], problem.batch));
-  }
-  const size_t partial_out =
-      workspace.reserve(partial_rows * flash_partial_columns(problem.value_dim) * 4);
-  const size_t partial_lse = workspace.reserve(partial_rows * 4);
-  workspace.allocate(tensors.query);
-  for (AlignedOperand& operand : operands) operand.finish(workspace, sm_count, stream);
-
-  call.out = write_pointer<void>(out);
-  call.lse = write_pointer<float>(lse);
-  if (partial_rows > 0) {
-    call.partial_out = workspace.at<float>(partial_out);
-    call.partial_lse = workspace.at<float>(partial_lse);
-  }
-  for (int i = 0; i < plans.count; ++i) {
-    call.plan = plans.plan[i];
-    const int64_t blocks = flash_blocks(call.plan, problem.batch);
-    PUMICE_CHECK(blocks <= INT32_MAX, op, "a batch of ", problem.batch, " sequences, ",
-                 problem.heads, " heads and ", problem.max_q, " queries is too large for a launch");
-    flash_forward(call, blocks, stream);
-    flash_merge(call, stream);
-  }
+  run_flash(op, call, tensors.query, operands, workspace, out, lse, flash_forward);
   return {out, lse};
 }
 

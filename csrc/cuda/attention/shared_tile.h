@@ -98,6 +98,15 @@ struct SharedTile {
     });
   }
 
+  // The same where row r begins at row_source(r), or, where that is null, becomes zero.
+  template <int kThreads, class RowSource>
+  static __device__ __forceinline__ void copy_found(unsigned char* tile, int thread, int columns,
+                                                    RowSource&& row_source) {
+    const Share<kThreads> mine(thread);
+    copy_rows<true>(mine, tile, kRows, columns,
+                    [&](int i) { return row_source(mine.row + i * mine.kStep); });
+  }
+
   // Whether one of the elements that this thread copied by copy<kThreads>(), and has waited for, is
   // an infinity or NaN of the 16-bit type.
   template <class T, int kThreads>
@@ -184,15 +193,16 @@ struct SharedTile {
   }
 
  private:
-  template <class Mine, class RowOfStep>
+  template <bool kMayMiss = false, class Mine, class RowOfStep>
   static __device__ __forceinline__ void copy_rows(const Mine& mine, unsigned char* tile, int rows,
                                                    int columns, RowOfStep&& row_of_step) {
     unsigned char* to = tile + offset(mine.row, mine.chunk);
 #pragma unroll
     for (int i = 0; i < Mine::kSteps; ++i) {
       if (kRows % Mine::kStep != 0 && mine.row + i * Mine::kStep >= kRows) break;
-      const bool exists = mine.row + i * Mine::kStep < rows;
-      const unsigned char* from = row_of_step(i) + mine.chunk * 16;
+      const unsigned char* row = row_of_step(i);
+      const bool exists = kMayMiss ? row != nullptr : mine.row + i * Mine::kStep < rows;
+      const unsigned char* from = row + mine.chunk * 16;
 #pragma unroll
       for (int j = 0; j < Mine::kChunksOfRow; ++j) {
         ptx::cp_async_16(to + mine.beside(i, j), from + j * Mine::kLanes * 16,

@@ -8,8 +8,8 @@ two may share blocks (Kwon et al., 2023). :mod:`pumice.decode` keeps the books.
 Elements are of the dtype of the query, or bytes that stand for ``stored · scale``: float8 e4m3 or
 int8, with a scale for the whole cache or for each KV head.
 
-Of these three operators there is no CUDA kernel in every version yet: a call on a GPU where there
-is none says so (NotImplementedError).
+On CUDA bytes can be written, but attention reads caches of the query's dtype only, yet: it refuses
+others (RuntimeError).
 """
 
 from __future__ import annotations
@@ -168,9 +168,11 @@ def paged_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
         RuntimeError: no kernels for the device of query; a gradient; on the CPU, lengths or blocks
-            outside the table or the cache (on CUDA, which does not look at them, such keys are
-            hidden and no memory is touched).
-        NotImplementedError: on CUDA, where the library has no kernel of this operator yet.
+            outside the table or the cache (CUDA does not look at them: lengths are cut at the
+            table's, keys and values of such blocks are zero, no memory is touched); on CUDA, a
+            cache of float8_e4m3fn or int8, for which there is no kernel yet, D or D_v above 256,
+            and rows of a 16-bit cache that do not lie on boundaries of 16 bytes or whose D or D_v
+            is no multiple of 8.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023; Miao et al., "SpecInfer", 2024 (tree_mask).
@@ -286,7 +288,6 @@ def cache_append(
         RuntimeError: no kernels for the device; key or value require a gradient where gradients are
             on; on the CPU, before anything is written, a slot beyond the cache or a position
             beyond cos (CUDA, which does not look at them, skips such tokens).
-        NotImplementedError: on CUDA, where the library has no kernel of this operator yet.
 
     Source: Su et al., "RoFormer", 2021; Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
     """
@@ -324,7 +325,6 @@ def cache_copy_blocks(key_cache: Tensor, value_cache: Tensor, pairs: Tensor) -> 
         RuntimeError: no kernels for the device; a cache requires a gradient where gradients are
             on; on the CPU, before anything is written, a block outside the cache, or pairs that
             overlap (CUDA does not look at them: such blocks are skipped, overlaps unspecified).
-        NotImplementedError: on CUDA, where the library has no kernel of this operator yet.
     """
     op = "cache_copy_blocks"
     check_caches(op, key_cache, value_cache)

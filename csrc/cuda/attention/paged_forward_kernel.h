@@ -1,0 +1,32 @@
+// kernel flash_forward with keys and values in a paged cache, in 16 bit: the tiles and the main
+// loop of contiguous ones (flash_forward_kernel.h), so that results have the same bits.
+#pragma once
+
+#include "cuda/attention/flash_forward_kernel.h"
+#include "cuda/attention/paged_source.h"
+
+namespace pumice::cuda {
+
+// FlashTile128 with a ring of two: what the slots of a third need in registers, the table has.
+using PagedTile128 = FlashTile<128, 128, 128, 1, 2, false, 2>;
+
+// One tile fewer than there are for contiguous keys: what FlashTile96 saves is shared memory.
+template <class T>
+void launch_paged_forward_16bit(const PagedForward& call, int64_t blocks, cudaStream_t stream) {
+  const int64_t head_dim = call.problem.head_dim, value_dim = call.problem.value_dim;
+  const int64_t larger_dim = std::max(head_dim, value_dim);
+  const auto launch_tile = [&]<class Tile>(Tile) {
+    launch_flash_forward<T, Tile, PagedKeys>(call, blocks, stream);
+  };
+  if (call.plan.tile_rows == kFlashShortRows) {
+    if (larger_dim <= 64) return launch_tile(FlashShort64{});
+    if (larger_dim <= 128) return launch_tile(FlashShort128{});
+    return launch_tile(FlashShort256{});
+  }
+  if (larger_dim <= 64) return launch_tile(FlashTile64{});
+  if (larger_dim <= 128) return launch_tile(PagedTile128{});
+  if (head_dim <= 192 && value_dim <= 128) return launch_tile(FlashTile192{});
+  return launch_tile(FlashTile256{});
+}
+
+}  // namespace pumice::cuda
