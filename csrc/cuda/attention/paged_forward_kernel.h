@@ -7,10 +7,8 @@
 
 namespace pumice::cuda {
 
-// FlashTile128 with a ring of two: what the slots of a third need in registers, the table has.
-using PagedTile128 = FlashTile<128, 128, 128, 1, 2, false, 2>;
-
-// One tile fewer than there are for contiguous keys: what FlashTile96 saves is shared memory.
+// Two tiles fewer than there are for contiguous keys. With the lookup of rows FlashTile128 has a
+// register too few: FlashTile192 is in its place, at the price of multiplying zeros.
 template <class T>
 void launch_paged_forward_16bit(const PagedForward& call, int64_t blocks, cudaStream_t stream) {
   const int64_t head_dim = call.problem.head_dim, value_dim = call.problem.value_dim;
@@ -24,7 +22,6 @@ void launch_paged_forward_16bit(const PagedForward& call, int64_t blocks, cudaSt
     return launch_tile(FlashShort256{});
   }
   if (larger_dim <= 64) return launch_tile(FlashTile64{});
-  if (larger_dim <= 128) return launch_tile(PagedTile128{});
   if (head_dim <= 192 && value_dim <= 128) return launch_tile(FlashTile192{});
   return launch_tile(FlashTile256{});
 }
