@@ -26,4 +26,5 @@ fi
 # Where dequantizing for torch's product overtakes int4_gemm: kInt4DequantizeFrom, projected as 512.
 "$python" -m bench int4 --device cuda --m 128,256,384,511 2>&1 | tee "$out/int4_crossover.log"
 "$python" -m bench attention --device cuda --record --png "$out/attention.png"
+"$python" -m bench paged --device cuda --record --png "$out/paged.png"
 "$python" -m bench readme

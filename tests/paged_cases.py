@@ -17,7 +17,6 @@ from attention_cases import offsets, to_device
 from backends import Backend
 from cases import FLOATS
 from pairwise import pairwise
-from pumice.ops import _library
 
 # Options by the names of the call's arguments; "tree" makes a tree mask.
 MASKS: dict[str, dict[str, Any]] = {
@@ -41,15 +40,6 @@ LENGTHS: dict[str, list[tuple[int, int]]] = {
     "verify": [(5, 77), (5, 132), (8, 8)],
     "wide": [(70, 150)],
 }
-
-
-def require(backend: Backend, *names: str) -> None:
-    """Skip where the backend has no kernels of these operators yet."""
-    namespace = "pumice_emulated" if backend.name == "emulated" else "pumice"
-    key = "CUDA" if backend.name == "cuda" else "CPU"
-    for name in names:
-        if not _library.has_kernel(namespace, name, key):
-            pytest.skip(f"{name} is not implemented on CUDA yet")
 
 
 def require_cache(backend: Backend, stored: torch.dtype | None) -> None:
@@ -252,7 +242,6 @@ def run(backend: Backend, given: Inputs, **changed: Any) -> list[tuple[Tensor, T
 
 def check(backend: Backend, case: PagedCase) -> list[tuple[Tensor, Tensor]]:
     """A case against float64, by FlashAttention's rule."""
-    require(backend, "paged_attention")
     require_cache(backend, case.cache_dtype)
     given = inputs(case)
     results = run(backend, given)

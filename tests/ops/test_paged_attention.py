@@ -23,11 +23,9 @@ from paged_cases import (
     fitted,
     inputs,
     poison,
-    require,
     require_cache,
     run,
 )
-from pumice.ops import _library
 
 BYTES = (torch.float8_e4m3fn, torch.int8)
 
@@ -35,7 +33,6 @@ BYTES = (torch.float8_e4m3fn, torch.int8)
 @pytest.mark.parametrize("index", range(len(PAIRS)))
 def test_pairs(backend: Backend, index: int) -> None:
     """Every combination of two options; what nobody sees is NaN, its table entries garbage."""
-    require(backend, "paged_attention")
     if backend.name == "emulated" and index % 4:
         pytest.skip("a quarter of the cases: the emulator is slow")
     check(backend, fitted(backend, PAIRS[index]))
@@ -44,7 +41,6 @@ def test_pairs(backend: Backend, index: int) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(backend: Backend, mask: str, lengths: str) -> None:
-    require(backend, "paged_attention")
     for dtype, block_size in ((torch.bfloat16, 16), (torch.float32, 5)):
         if backend.name == "emulated" and dtype == torch.float32:
             continue
@@ -57,7 +53,6 @@ def test_masks(backend: Backend, mask: str, lengths: str) -> None:
 @pytest.mark.parametrize("cache_dtype", [None, *BYTES])
 def test_long_decode(backend: Backend, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
     """Where keys are cut into parts, whose results are merged."""
-    require(backend, "paged_attention")
     keys = 700 if backend.name == "emulated" else 2600
     for heads, kv_heads in ((8, 2), (16, 1)):
         check(backend, PagedCase(lengths=((1, keys), (1, 90)), heads=heads, kv_heads=kv_heads,
@@ -77,7 +72,6 @@ def contiguous(given: Inputs, b: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mask", ["causal", "full", "window", "streaming"])
 def test_bits_of_contiguous_attention(backend: Backend, mask: str, dtype: torch.dtype) -> None:
     """Paged or not, the same bits: for every block size, many queries or one, cut or not."""
-    require(backend, "paged_attention")
     long = 700 if backend.name == "emulated" else 2500
     for lengths, block_size in itertools.product(
         (((1, long), (1, 77)), ((40, 150), (5, 64), (100, 100))), (1, 3, 16, 64, 128)
@@ -104,7 +98,6 @@ def test_bits_of_contiguous_attention(backend: Backend, mask: str, dtype: torch.
 @pytest.mark.parametrize("cache_dtype", [None, *BYTES])
 def test_a_row_knows_its_sequence_alone(backend: Backend, cache_dtype: torch.dtype | None) -> None:
     """The same bits alone, in any batch, dense or packed, in any block, and again."""
-    require(backend, "paged_attention")
     require_cache(backend, cache_dtype)
     for dtype in (torch.bfloat16, torch.float32):
         case = PagedCase(lengths=tuple(LENGTHS["verify"][:2]), heads=4, kv_heads=2, dim=32,
@@ -138,7 +131,6 @@ def test_a_row_knows_its_sequence_alone(backend: Backend, cache_dtype: torch.dty
 @pytest.mark.parametrize("block_size", [3, 16, 128])
 def test_one_row_sees_nan(backend: Backend, block_size: int) -> None:
     """NaN in the last key and value reaches the last query, and no other of its chunk."""
-    require(backend, "paged_attention")
     for dtype in FLOATS if backend.name == "cpu" else (torch.bfloat16,):
         given = inputs(PagedCase(lengths=((20, 70),), dtype=dtype, block_size=block_size))
         ((clean, clean_lse),) = run(backend, given)
@@ -154,7 +146,6 @@ def test_one_row_sees_nan(backend: Backend, block_size: int) -> None:
 
 def test_shared_blocks(backend: Backend) -> None:
     """Two sequences with one prefix in one place."""
-    require(backend, "paged_attention")
     given = inputs(PagedCase(lengths=((1, 48), (1, 48)), block_size=16, packed=False))
     table = given.table.clone()
     table[1, :3] = table[0, :3]
@@ -165,7 +156,6 @@ def test_shared_blocks(backend: Backend) -> None:
 
 def test_tree_mask_as_bits(backend: Backend) -> None:
     """Bools and packed words are one mask; what lies past a sequence's own queries is nothing."""
-    require(backend, "paged_attention")
     given = inputs(PagedCase(lengths=((40, 90), (3, 5)), mask="tree full", heads=2))
     tree = torch.ones(43, 64, dtype=torch.bool)
     tree[:40, :40], tree[40:, :3] = given.trees[0], given.trees[1]  # type: ignore[index]
@@ -183,7 +173,6 @@ def test_blocks_that_do_not_exist_are_not_touched(backend: Backend, dtype: torch
     """CUDA does not look at the table: keys of such blocks are zero, lengths cut at the table's."""
     if backend.name == "cpu":
         pytest.skip("the CPU refuses them")
-    require(backend, "paged_attention")
     case = PagedCase(lengths=((3, 40), (1, 30)), dtype=dtype, block_size=8, mask="causal")
     given = inputs(case)
     expected = replace(given, table=given.table.clone(), cache=replace(
@@ -214,7 +203,6 @@ def test_what_cuda_does_not_have_yet(backend: Backend, cache_dtype: torch.dtype)
     """Refused, by name: never another path in silence."""
     if backend.name == "cpu":
         pytest.skip("the CPU has it")
-    require(backend, "paged_attention")
     name = str(cache_dtype).removeprefix("torch.")
     with pytest.raises(RuntimeError, match=f"no CUDA kernel for {name} caches yet"):
         run(backend, inputs(PagedCase(cache_dtype=cache_dtype)))
@@ -225,7 +213,6 @@ def test_what_cuda_does_not_have_yet(backend: Backend, cache_dtype: torch.dtype)
 
 @pytest.mark.parametrize("shape", [(0, 1), (3, 0), (0, 0)])
 def test_nothing_to_do(backend: Backend, shape: tuple[int, int]) -> None:
-    require(backend, "paged_attention")
     batch, queries = shape
     device = backend.device
     cache = torch.full((2, 4, 1, 8), torch.nan, device=device)
@@ -239,7 +226,6 @@ def test_nothing_to_do(backend: Backend, shape: tuple[int, int]) -> None:
 
 def test_rows_of_no_sequence(backend: Backend) -> None:
     """Before the first and after the last: 0, and an lse of -inf."""
-    require(backend, "paged_attention")
     given = inputs(PagedCase(lengths=((3, 20),)))
     query = torch.cat([torch.full((2, 2, 16), torch.nan), given.queries[0],
                        torch.full((4, 2, 16), torch.nan)]).to(backend.device)  # fmt: skip
@@ -270,12 +256,3 @@ def test_threads_do_not_matter() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_a_library_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "without_cuda", frozenset({"paged_attention"}))
-    with pytest.raises(NotImplementedError, match=r"paged_attention: .* no CUDA kernel for it yet"):
-        _library.check_cuda_kernel("paged_attention", torch.device("cuda"))
-    _library.check_cuda_kernel("paged_attention", torch.device("cpu"))
-    _library.check_cuda_kernel("flash_attention", torch.device("cuda"))
-    assert _library.has_kernel("pumice", "paged_attention", "CPU")

@@ -12,7 +12,7 @@ import paged_reference
 import pumice
 from backends import Backend
 from cases import FLOATS
-from paged_cases import require, require_cache
+from paged_cases import require_cache
 
 BYTES = (torch.float8_e4m3fn, torch.int8)
 
@@ -45,7 +45,6 @@ def append(backend: Backend, *tensors: Tensor, **options: Any) -> tuple[Tensor, 
 def test_append(
     backend: Backend, dtype: torch.dtype, cache_dtype: torch.dtype | None, rotary: str | None
 ) -> None:
-    require(backend, "cache_append")
     stored = cache_dtype or dtype
     for seed, (heads, dim, value_dim, size, pairs) in enumerate(
         ((1, 16, 16, 16, 8), (2, 64, 32, 3, 32), (3, 33, 17, 1, 8), (1, 150, 70, 5, 70))
@@ -90,7 +89,6 @@ def test_append(
 @pytest.mark.parametrize("cache_dtype", BYTES)
 def test_every_value_is_rounded_as_torch_does(backend: Backend, cache_dtype: torch.dtype) -> None:
     """All of float16 and bfloat16, ±Inf and NaN too; and of float32 what lies at the ties."""
-    require(backend, "cache_append")
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     grid = grid[grid.isfinite()].unique()
@@ -118,7 +116,6 @@ def test_every_value_is_rounded_as_torch_does(backend: Backend, cache_dtype: tor
 
 def test_every_stored_byte_is_read_back(backend: Backend) -> None:
     """Attention to one key: its value, times the scale, for every byte."""
-    require(backend, "paged_attention")
     for dtype in FLOATS:
         for cache_dtype in BYTES:
             require_cache(backend, cache_dtype)
@@ -137,7 +134,6 @@ def test_every_stored_byte_is_read_back(backend: Backend) -> None:
 
 def test_append_to_a_view(backend: Backend) -> None:
     """Both caches in one tensor, tokens in a fused projection's."""
-    require(backend, "cache_append")
     g = torch.Generator().manual_seed(0)
     both = pool(4, 8, 3, 8, torch.float16, g).view(4, 2, 4, 3, 8)
     fused = torch.randn(6, 9, 8, generator=g).half().to(backend.device)
@@ -157,7 +153,6 @@ def test_append_to_a_view(backend: Backend) -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, *BYTES])
 @pytest.mark.parametrize("together", [False, True])
 def test_copy_blocks(backend: Backend, dtype: torch.dtype, together: bool) -> None:
-    require(backend, "cache_copy_blocks")
     g = torch.Generator().manual_seed(0)
     for size, dim in ((1, 3), (16, 64), (5, 33)):
         both = pool(24, size, 2, dim, dtype, g).view(12, 2, size, 2, dim)
@@ -175,7 +170,6 @@ def test_copy_blocks(backend: Backend, dtype: torch.dtype, together: bool) -> No
 
 
 def test_nothing_to_write(backend: Backend) -> None:
-    require(backend, "cache_append", "cache_copy_blocks")
     cache = torch.ones(2, 4, 1, 8, device=backend.device)
     nothing = torch.empty(0, 1, 8, device=backend.device)
     pumice.ops.cache_append(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pumice
 from backends import Backend
-from paged_cases import PagedCase, caches, inputs, packed_tree, require, require_cache
+from paged_cases import PagedCase, caches, inputs, packed_tree, require_cache
 
 
 def arguments(backend: Backend, **changed: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -41,7 +41,6 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changed", CASES, ids=["plain", "tree", "int8"])
 def test_opcheck_attention(backend: Backend, changed: dict[str, Any]) -> None:
-    require(backend, "paged_attention")
     require_cache(backend, changed.get("cache_dtype"))
     tensors, options = arguments(backend, **changed)
     tensors[0].requires_grad_()
@@ -54,7 +53,6 @@ def test_opcheck_attention(backend: Backend, changed: dict[str, Any]) -> None:
 
 
 def test_opcheck_writes(backend: Backend) -> None:
-    require(backend, "cache_append", "cache_copy_blocks")
     device = backend.device
     key, cache = torch.randn(3, 2, 8, device=device), torch.zeros(4, 2, 2, 8, device=device)
     slots, table = torch.tensor([3, -1, 0], device=device), torch.ones(9, 3, device=device)
@@ -92,7 +90,6 @@ def tensors_of_step(batch: int, device: str) -> list[Tensor]:
 
 def test_a_step_compiles(backend: Backend) -> None:
     """Writes are seen by what follows, inside a graph as outside."""
-    require(backend, "cache_append", "paged_attention")
     compiled = backend.compile(step)
     for batch in (2, 3, 5):
         tensors, others = (tensors_of_step(batch, backend.device) for _ in range(2))
@@ -123,7 +120,6 @@ def test_cuda_graph(backend: Backend) -> None:
     """Captured once, replayed on other lengths and other blocks."""
     if backend.name != "cuda":
         pytest.skip("CUDA graphs")
-    require(backend, "cache_append", "paged_attention")
     tensors, others = tensors_of_step(5, "cuda"), tensors_of_step(5, "cuda")
     with torch.no_grad():
         step(*tensors)

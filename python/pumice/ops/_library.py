@@ -34,9 +34,6 @@ devices: set[str] = {"meta"}
 # Why there are no CUDA kernels; None once they are loaded.
 cuda_unavailable: str | None = "the CUDA library was not looked for"
 
-# Operators that the CUDA library does not hold.
-without_cuda: frozenset[str] = frozenset()
-
 
 @dataclass(frozen=True)
 class _Operator:
@@ -141,29 +138,12 @@ def no_kernel(op: str, device: torch.device) -> RuntimeError:
     )
 
 
-def has_kernel(namespace: str, name: str, key: str) -> bool:
-    """Whether the operator has a kernel for a dispatch key ("CPU", "CUDA")."""
-    has: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(f"{namespace}::{name}", key)
-
-
-def check_cuda_kernel(op: str, device: torch.device) -> None:
-    """Refuse a GPU where the CUDA library is loaded, but lacks this operator."""
-    if device.type == "cuda" and op in without_cuda:
-        raise NotImplementedError(
-            f"{op}: this version of pumice has no CUDA kernel for it yet, only a CPU one"
-        )
-
-
 def load() -> None:
     """Load the libraries of this installation."""
-    global cuda_unavailable, without_cuda
+    global cuda_unavailable
     folder = library_folder()
     _load_cpu(folder)
     cuda_unavailable = _load_cuda(folder)
-    if cuda_unavailable is None:
-        paged = ("paged_attention", "cache_append", "cache_copy_blocks")
-        without_cuda = frozenset(op for op in paged if not has_kernel("pumice", op, "CUDA"))
 
 
 load()

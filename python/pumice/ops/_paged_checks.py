@@ -48,7 +48,6 @@ def check_caches(op: str, key_cache: Any, value_cache: Any) -> CacheSizes:
             )
     check_same_device(op, "value_cache", value_cache, "key_cache", key_cache)
     check_kernels(op, key_cache)
-    _library.check_cuda_kernel(op, key_cache.device)
     if value_cache.dtype != key_cache.dtype:
         raise TypeError(
             f"{op}: value_cache must be of the dtype of key_cache, {str(key_cache.dtype)[6:]}, not "
