@@ -46,7 +46,7 @@ def render(folder: Path = RESULTS) -> str:
         machine, ops = load(path)
         for op, entry in ops.items():
             parts.append(
-                f"**{op}** on {machine['name']}, memory bandwidth {machine['bandwidth'] / 1e9:.0f} "
+                f"**{op}** on {machine['name']}, memory bandwidth {entry['bandwidth'] / 1e9:.0f} "
                 f"GB/s, torch {entry['torch']}, {entry['date']}:"
             )
             parts.append(markdown(rows_of(entry)))

@@ -60,6 +60,7 @@ def record(machine: Machine, op: str, rows: Iterable[Row], folder: Path = RESULT
         "date": datetime.date.today().isoformat(),
         "torch": str(torch.__version__),
         "pumice": pumice.__version__,
+        "bandwidth": machine.bandwidth,  # of this run: that of the floors
         "digests": {
             kernel["name"]: kernel["digest"]
             for kernel in _C.kernels()
