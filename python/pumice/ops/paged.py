@@ -8,8 +8,9 @@ two may share blocks (Kwon et al., 2023). :mod:`pumice.decode` keeps the books.
 Elements are of the dtype of the query, or bytes that stand for ``stored · scale``: float8 e4m3 or
 int8, with a scale for the whole cache or for each KV head.
 
-On CUDA bytes can be written, but attention reads caches of the query's dtype only, yet: it refuses
-others (RuntimeError).
+On CUDA bytes can be written, but attention reads caches of the query's dtype only, yet, with head
+dims up to 256; in 16 bits these must be multiples of 8, and rows lie on boundaries of 16 bytes. It
+refuses others (RuntimeError).
 """
 
 from __future__ import annotations
