@@ -9,7 +9,7 @@ For each step the engine calls::
 
     proposal = draft.propose(requests)             # never fails for lack of memory: proposes less
     ... one forward pass of the target over the last token and the drafts of each sequence ...
-    draft.accepted(id, num_drafts, num_accepted)   # for each request that had drafts
+    draft.accepted(id, num_drafts, num_accepted)   # for each request, also where both are 0
     draft.release(id)                              # when a request has finished or was cancelled
 """
 
