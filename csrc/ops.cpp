@@ -45,6 +45,27 @@ PUMICE_LIBRARY(m) {
       " Tensor? perm, Tensor? bias, Tensor? outlier_idx, Tensor? outlier_weight, Tensor? lora_a,"
       " Tensor? lora_b, *, int group_size, int bits=4, bool int8_activation=False) -> Tensor");
 
+  // 2:4 weights, two kept of every four along K (csrc/common/sparse24_layout.h). W is [N, K], fp32,
+  // fp16, bf16 or int8.  compress: the kept values and their places; gather: the values of any W at
+  // given places; decompress: W, zero where nothing was kept.
+  m.def("sparse24_compress(Tensor w) -> (Tensor values, Tensor meta)");
+  m.def("sparse24_gather(Tensor w, Tensor meta) -> Tensor");
+  m.def("sparse24_decompress(Tensor values, Tensor meta) -> Tensor");
+
+  // y[m,n] = Σ_j x[m,c(n,j)]·values[n,j] + bias[n],  c(n,j) the column of kept value j < K/2
+  m.def("sparse24_linear(Tensor x, Tensor values, Tensor meta, Tensor? bias) -> Tensor");
+
+  // y[m,n] = (Σ_j q[m,c(n,j)]·values[n,j]) · scale[m] · weight_scale[n] + bias[n]
+  m.def(
+      "sparse24_int8_linear(Tensor q, Tensor scale, Tensor values, Tensor meta,"
+      " Tensor weight_scale, Tensor? bias, *, ScalarType out_dtype) -> Tensor");
+
+  // y[m,n] = Σ_j x[m,c(n,j)]·(q[n,j] - zeros[n,g])·scales[n,g] + bias[n],  g = c(n,j) / group_size;
+  // qvalues: q [N, K/2] packed as by int4_pack
+  m.def(
+      "sparse24_int4_linear(Tensor x, Tensor qvalues, Tensor meta, Tensor scales, Tensor? zeros,"
+      " Tensor? bias, *, int group_size, int bits=4) -> Tensor");
+
   // Sizes of attention: B sequences, S_q queries, S_k keys, heads H, KV heads H_kv, head dim D.
   // Tensors are [B, S, H, D], or [total, H, D] with cu_seqlens; masks: csrc/common/attention_mask.h
   //
