@@ -57,7 +57,7 @@ inline Sparse24Weight check_sparse24_weight(const char* op, const Tensor& values
 }
 
 struct Sparse24LinearArgs {
-  Tensor x;  // contiguous, M × K
+  Tensor x;     // contiguous, M × K
   DType dtype;  // of x, values and y
   int64_t m;
   Sparse24Weight weight;
@@ -135,10 +135,11 @@ struct Sparse24Int4LinearArgs {
   VectorView bias;
 };
 
-inline Sparse24Int4LinearArgs check_sparse24_int4_linear(
-    const Tensor& x, const Tensor& qvalues, const Tensor& meta, const Tensor& scales,
-    const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t group_size,
-    int64_t bits) {
+inline Sparse24Int4LinearArgs check_sparse24_int4_linear(const Tensor& x, const Tensor& qvalues,
+                                                         const Tensor& meta, const Tensor& scales,
+                                                         const std::optional<Tensor>& zeros,
+                                                         const std::optional<Tensor>& bias,
+                                                         int64_t group_size, int64_t bits) {
   const char* op = "pumice::sparse24_int4_linear";
   PUMICE_CHECK(x.dim() >= 1, op, "x must have at least one dimension");
   check_floating(op, "x", x);
