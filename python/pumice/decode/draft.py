@@ -36,12 +36,15 @@ class DraftRequest:
     ``tokens``: prompt and what was generated so far, all of it decided. From call to call those of
     one ``id`` only grow. ``max_drafts``: no more than so many can be used (the end of the request
     is near, blocks are short); 0 is allowed. ``params``: how the target's tokens are chosen.
+    ``seed``: of this sequence's draws (several samples of one request differ in it), from which a
+    draft that draws tokens makes a seed of its own; None: any.
     """
 
     id: int
     tokens: Sequence[int]
     max_drafts: int
     params: SamplingParams
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
