@@ -1,5 +1,6 @@
 """Decoding: the paged key-value cache and what generates text with it."""
 
+from pumice.decode.batch import PagedBatch
 from pumice.decode.block_manager import (
     Allocation,
     BlockManager,
@@ -9,12 +10,17 @@ from pumice.decode.block_manager import (
     Step,
     UnknownSequenceError,
 )
+from pumice.decode.pool import CachePool
+from pumice.decode.runner import ModelRunner
 
 __all__ = [
     "Allocation",
     "BlockManager",
+    "CachePool",
     "DoubleFreeError",
+    "ModelRunner",
     "OutOfBlocksError",
+    "PagedBatch",
     "Stats",
     "Step",
     "UnknownSequenceError",

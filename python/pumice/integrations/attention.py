@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pumice.integrations.attention_paged import paged_attention_forward, running_batch
 from pumice.ops import flash_attention
 
 try:
@@ -72,6 +73,8 @@ def attention_forward(
         scaling: 1 / √D by default. softcap: see :func:`pumice.ops.flash_attention`.
         sliding_window: tokens, the query's own included; a causal layer looks back only.
         s_aux: [H] learned sinks.
+        paged_batch: a :class:`pumice.decode.PagedBatch`, to which all is left: the mask says
+            nothing then (:mod:`pumice.integrations.attention_paged`).
 
     Returns:
         [B, S_q, H, D_v], and None in place of the probabilities.
@@ -82,6 +85,13 @@ def attention_forward(
     """
     _refuse(dropout, kwargs)
     query, key, value = _one_dtype(query, key, value)
+    batch = kwargs.get("paged_batch") or running_batch.get()
+    if batch is not None:
+        out = paged_attention_forward(
+            module, batch, query, key, value,
+            scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux,
+        )  # fmt: skip
+        return out, None
     window, mask = sliding_window, attention_mask
     if mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
