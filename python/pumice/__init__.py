@@ -1,6 +1,6 @@
 """Pumice: kernels that make language models smaller and faster, and the methods that feed them."""
 
-from pumice import nn, ops, quantize
+from pumice import nn, ops, prune, quantize
 from pumice.checkpoint import load, save
 from pumice.compress import compress
 from pumice.doctor import doctor
@@ -10,6 +10,7 @@ from pumice.flash_attn import (
     scaled_dot_product_attention,
 )
 from pumice.flash_attn_kvcache import flash_attn_with_kvcache, reshape_and_cache_flash
+from pumice.prune import Magnitude, PruneAndTune, SparseGPT, Wanda
 from pumice.quantize import AWQ, GPTQ, RTN, AWQScaling, Int8, LLMInt8
 from pumice.report import Report, report
 
@@ -22,7 +23,11 @@ __all__ = [
     "AWQScaling",
     "Int8",
     "LLMInt8",
+    "Magnitude",
+    "PruneAndTune",
     "Report",
+    "SparseGPT",
+    "Wanda",
     "__version__",
     "compress",
     "doctor",
@@ -32,6 +37,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "prune",
     "quantize",
     "report",
     "reshape_and_cache_flash",

@@ -87,6 +87,17 @@ class Group:
         return sum(known) / len(known) if known else None
 
     @property
+    def sparsity(self) -> float | None:
+        """The share of zeros among all weights of the pruned layers."""
+        known = [
+            (x.sparsity, x.in_features * x.out_features)
+            for x in self.layers
+            if x.sparsity is not None
+        ]
+        weights = sum(size for _, size in known)
+        return sum(share * size for share, size in known) / weights if known else None
+
+    @property
     def worst(self) -> LayerReport | None:
         known = [x for x in self.layers if x.relative_error is not None]
         return max(known, key=lambda layer: layer.relative_error or 0.0, default=None)
@@ -108,6 +119,9 @@ def report_table(report: Report, title: str) -> Table:
     table.add_column("MB", justify="right", no_wrap=True)
     measured = any(layer.relative_error is not None for layer in report.layers)
     outliers = any(layer.outlier_fraction is not None for layer in report.layers)
+    pruned = any(layer.sparsity is not None for layer in report.layers)
+    if pruned:
+        table.add_column("zeros", justify="right", no_wrap=True)
     if outliers:
         table.add_column("outlier columns", justify="right")
     if measured:
@@ -121,6 +135,9 @@ def report_table(report: Report, title: str) -> Table:
             " → ".join(map(str, shapes.pop())) if len(shapes) == 1 else "several",
             f"{before:.1f} → {after:.1f}",
         ]
+        if pruned:
+            share = group.sparsity
+            cells.append("" if share is None else f"{share:.1%}")
         if outliers:
             fraction = group.outlier_fraction
             cells.append("" if fraction is None else f"{fraction:.2%}")

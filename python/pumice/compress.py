@@ -14,6 +14,7 @@ from pumice._calibrate import Measurement
 from pumice._targets import DEFAULT_EXCLUDE, Selection, find_targets
 from pumice.calibration import Settings
 from pumice.integrations import is_transformers_model
+from pumice.nn._linear import weight_of
 from pumice.nn._replace import leave_fused_paths, replace_modules
 from pumice.quantize.calibrated import apply
 from pumice.quantize.recipe import Progress, Recipe
@@ -48,10 +49,11 @@ def compress(
     its own, ``nn.MultiheadAttention``'s ``out_proj``, parametrized weights). The report names them.
     A layer standing in two places is replaced by one layer in both.
 
-    **Methods that need calibration** (:class:`pumice.GPTQ`, :class:`pumice.AWQ`) go through the
-    model's repeated blocks one at a time: a copy of one block is changed, and its outputs are the
-    next block's inputs. In a ``torch.distributed`` process group every process passes its own share
-    of the calibration data; what is gathered is summed, and all get the same model.
+    **Methods that need calibration** (:class:`pumice.GPTQ`, :class:`pumice.AWQ`,
+    :class:`pumice.Wanda`, :class:`pumice.SparseGPT`) go through the model's repeated blocks one at
+    a time: a copy of one block is changed, and its outputs are the next block's inputs. In a
+    ``torch.distributed`` process group every process passes its own share of the calibration data;
+    what is gathered is summed, and all get the same model.
 
     Args:
         model: on a device that pumice has kernels for.
@@ -105,8 +107,9 @@ def compress(
     outcome = apply(recipes, model, layers, calibration, progress or _silent, settings)
     replacements, measurements = outcome.replacements, outcome.measurements
     bytes_before = bytes_of(model)
+    pruned = any(one.prunes for one in recipes)
     rows = [
-        _row(name, linear, replacements[name], measurements.get(name, Measurement()))
+        _row(name, linear, replacements[name], measurements.get(name, Measurement()), pruned)
         for name, linear in layers.items()
     ]
     previous = find_report(model)
@@ -146,7 +149,7 @@ def _silent(done: int, total: int, name: str) -> None:
 
 
 def _row(
-    name: str, linear: nn.Linear, replacement: nn.Module, measured: Measurement
+    name: str, linear: nn.Linear, replacement: nn.Module, measured: Measurement, pruned: bool
 ) -> LayerReport:
     return LayerReport(
         name=name,
@@ -158,7 +161,13 @@ def _row(
         outlier_columns=measured.outlier_columns,
         outlier_fraction=measured.outlier_fraction,
         relative_error=measured.relative_error,
+        sparsity=_zeros(replacement) if pruned else None,
     )
+
+
+def _zeros(layer: nn.Module) -> float:
+    weight = weight_of(layer, torch.float32)
+    return 1 - int(weight.count_nonzero()) / weight.numel()
 
 
 def _keep_hooks(linear: nn.Linear, replacement: nn.Module) -> None:

@@ -26,8 +26,10 @@ class LayerReport:
         outlier_fraction: the share of columns that held one, averaged over the calibration inputs.
         relative_error: ‖y' - y‖ / ‖y‖ over all calibration inputs (Frobenius norms), y the output
             of the uncompressed layer and y' that of its replacement on the same input.
+        sparsity: the share of weights that are zero.
 
-    The last three are None without calibration, the outliers also where the method has none.
+    The outliers and the error are None without calibration, the outliers also where the method has
+    none; the sparsity where the method does not prune.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerReport:
     outlier_columns: int | None = None
     outlier_fraction: float | None = None
     relative_error: float | None = None
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class Report:
         return cls(**{**stored, "layers": [LayerReport(**layer) for layer in stored["layers"]]})
 
     def __str__(self) -> str:
-        header = ("layer", "type", "in", "out", "before", "after", "outlier columns", "error")
+        header = (
+            "layer", "type", "in", "out", "before", "after", "zeros", "outlier columns", "error",
+        )  # fmt: skip
         rows = [_row(layer) for layer in self.layers]
         total = ("compressed layers", "", "", "", _size(self.bytes_before), _size(self.bytes_after))
         model = ("model", "", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after))
@@ -162,6 +167,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         str(layer.out_features),
         _size(layer.bytes_before),
         _size(layer.bytes_after),
+        "" if layer.sparsity is None else f"{layer.sparsity:.2%}",
         outliers,
         "" if layer.relative_error is None else f"{layer.relative_error:.2e}",
     )

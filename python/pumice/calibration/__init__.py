@@ -3,10 +3,17 @@
 from pumice.calibration.block import Block, SharedInput
 from pumice.calibration.engine import Outcome, Settings, Stage, run
 from pumice.calibration.stack import Stack, find_stack
-from pumice.calibration.statistics import DiagonalBlocks, Hessian, MeanAbs, Statistic
+from pumice.calibration.statistics import (
+    ColumnNorm,
+    DiagonalBlocks,
+    Hessian,
+    MeanAbs,
+    Statistic,
+)
 
 __all__ = [
     "Block",
+    "ColumnNorm",
     "DiagonalBlocks",
     "Hessian",
     "MeanAbs",

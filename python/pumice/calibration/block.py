@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pumice.calibration.comm import smallest
 from pumice.calibration.inputs import BlockInputs, output_of
 from pumice.calibration.statistics import Statistic
-from pumice.nn import CompressedLinear
+from pumice.nn._linear import weight_of
 
 S = TypeVar("S", bound=Statistic)
 
@@ -112,8 +112,13 @@ class Block:
             for leader, names in groups.items()
         ]
 
-    def replace(self, name: str, layer: CompressedLinear) -> None:
-        """Hand over a compressed layer; from now on the working copy computes with its weight."""
+    def replace(self, name: str, layer: nn.Module) -> None:
+        """Hand over a finished layer; from now on the working copy computes with its weight.
+
+        Args:
+            name: of the layer it replaces.
+            layer: a CompressedLinear, or an nn.Linear (of a pruned weight that is stored dense).
+        """
         self.float_weights[name] = self.layers[name].weight.detach().clone()
         self.replacements[name] = layer
         self.use(name)
@@ -121,10 +126,9 @@ class Block:
     def use(self, name: str) -> None:
         """Give the working copy the weight and bias that the replacement of that name has."""
         layer, linear = self.replacements[name], self.layers[name]
-        assert isinstance(layer, CompressedLinear)
         with torch.no_grad():
-            linear.weight.copy_(layer.dequantize(linear.weight.dtype))
-            if layer.bias is not None:
+            linear.weight.copy_(weight_of(layer, linear.weight.dtype))
+            if isinstance(layer.bias, Tensor):
                 linear.bias.copy_(layer.bias)
 
     @contextmanager

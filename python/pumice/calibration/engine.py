@@ -69,7 +69,7 @@ def run(
     layers: Mapping[str, nn.Linear],
     calibration: Iterable[Any],
     stages: Sequence[Stage],
-    outside: Callable[[nn.Linear], nn.Module],
+    outside: Callable[[str, nn.Linear], nn.Module],
     *,
     settings: Settings,
     fingerprint: Mapping[str, Any],
@@ -82,7 +82,7 @@ def run(
         layers: what to compress, by qualified name.
         calibration: see :func:`pumice.compress`; of a distributed run, this process's share.
         stages: done to each block in order; together they must replace every layer in it.
-        outside: the replacement of a layer that is in no block.
+        outside: the replacement of a layer that is in no block, from its name and itself.
         settings: how to run.
         fingerprint: what must be equal in a run to be resumed, as plain values.
         progress: called with (layers done, layers in all, name).
@@ -130,7 +130,7 @@ def run(
                 report(block.full_name(local))
     found = {name for names in inside.values() for name in names}
     for name in [name for name in layers if name not in found]:
-        outcome.replacements[name] = outside(layers[name])
+        outcome.replacements[name] = outside(name, layers[name])
         report(name)
     return outcome
 

@@ -7,6 +7,7 @@ run again, which is fast beside compressing them and gives the same bits.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -76,7 +77,7 @@ class Journal:
         elif rank() == 0:
             path.mkdir(parents=True, exist_ok=True)
             ours["calibration"] = {"0": calibration}
-            _write(file, json.dumps(ours, indent=1).encode())
+            write(file, json.dumps(ours, indent=1).encode())
         finished = 0
         while _block_file(path, finished).is_file():
             finished += 1
@@ -99,8 +100,8 @@ class Journal:
             for key, tensor in new.state_dict().items():
                 # "/" stands in no module's name
                 tensors[f"{name}/{key}"] = tensor.detach().cpu().contiguous().clone()
-        about = {"weights": _weights_digest(original), "layers": configs, "errors": dict(errors)}
-        _write(_block_file(self._folder, index), save(tensors, {"pumice": json.dumps(about)}))
+        about = {"weights": weights_digest(original), "layers": configs, "errors": dict(errors)}
+        write(_block_file(self._folder, index), save(tensors, {"pumice": json.dumps(about)}))
 
     def restore(self, index: int, original: nn.Module, block: Block) -> dict[str, float]:
         """Give a working copy what was recorded for it; returns the errors of its layers.
@@ -117,7 +118,7 @@ class Journal:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"resume: {path} is not a finished block: {error}") from error
-        if about["weights"] != _weights_digest(original):
+        if about["weights"] != weights_digest(original):
             raise ValueError(
                 f"resume: {path} was made from other weights than the model's block "
                 f"{block.name!r}; pass another folder, or remove this one to start anew"
@@ -128,6 +129,11 @@ class Journal:
                 for key, tensor in tensors.items()
                 if key.partition("/")[0] == name
             }
+            if config is None and name in block.layers:  # pruned, and stored as a linear layer
+                dense = copy.deepcopy(block.layers[name])
+                dense.load_state_dict(state)
+                block.replace(name, dense)
+                continue
             if config is None:
                 block.module.get_submodule(name).load_state_dict(state)
                 block.touch(name)
@@ -145,7 +151,7 @@ def _block_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:04d}.safetensors"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     draft = path.with_suffix(".tmp")
     with draft.open("wb") as file:
         file.write(content)
@@ -173,7 +179,7 @@ def _digest(inputs: BlockInputs) -> str:
     return digest.hexdigest()
 
 
-def _weights_digest(module: nn.Module) -> list[str]:
+def weights_digest(module: nn.Module) -> list[str]:
     """Of a block's parameters: two sums of each, enough to tell one model from another."""
     return [
         f"{float(p.double().sum()).hex()} {float(p.double().square().sum()).hex()}"

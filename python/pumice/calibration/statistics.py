@@ -81,6 +81,24 @@ class DiagonalBlocks(Statistic):
         sum_over_processes(self._sum)
 
 
+class ColumnNorm(Statistic):
+    """‖x_k‖₂ of each input feature over all tokens: fp64 [K], summed in fp64."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__()
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum.sqrt()
+
+    def _add(self, x: Tensor) -> None:
+        self._sum += x.double().square().sum(0)
+
+    def _reduce(self) -> None:
+        sum_over_processes(self._sum)
+
+
 class MeanAbs(Statistic):
     """mean |x| of each input feature: fp32 [K]."""
 

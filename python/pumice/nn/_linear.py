@@ -170,6 +170,26 @@ def check_linear(linear: nn.Linear, type_name: str) -> Tensor:
     return weight
 
 
+def finite_weight(linear: nn.Linear, type_name: str) -> Tensor:
+    """The weight in fp32; ValueError, naming rows, if it holds NaN or infinities."""
+    weight = check_linear(linear, type_name).float()
+    finite = weight.isfinite().all(1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        listed = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+        raise ValueError(f"{type_name}: the weight holds NaN or infinite values (rows {listed})")
+    return weight
+
+
+def weight_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight that a layer multiplies with, whether it is stored compressed or not."""
+    if isinstance(layer, CompressedLinear):
+        return layer.dequantize(dtype)
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach().to(dtype)
+    raise TypeError(f"a layer must be an nn.Linear or compressed, not {type(layer).__name__}")
+
+
 def check_finite_scale(scale: Tensor, weight: Tensor, type_name: str) -> None:
     """Refuse a weight holding NaN or infinities, which show as NaN in its scales."""
     if scale.is_meta or not bool(scale.isnan().any()):

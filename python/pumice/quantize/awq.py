@@ -60,7 +60,7 @@ class AWQScaling(CalibratedRecipe):
         rounding = Grid(self.bits, self.symmetric)
         return [ScaleStage(rounding, self.group_size, self.grid, self.search_tokens)]
 
-    def compress_outside(self, linear: nn.Linear) -> nn.Module:
+    def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
         return round_linear(linear, self.bits, self.group_size, self.symmetric)
 
 

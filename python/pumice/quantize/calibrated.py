@@ -81,15 +81,12 @@ def apply_in_turn(
             f"compress: {names} needs calibration data: pass calibration=[inputs of the model, …]"
         )
 
-    def outside(linear: nn.Linear) -> nn.Module:
-        return last.compress_outside(linear)
-
     result = run(
         model,
         layers,
         calibration,
         stages,
-        outside,
+        last.compress_outside,
         settings=settings,
         fingerprint={"recipes": [recipe.to_dict() for recipe in recipes], "layers": list(layers)},
         progress=progress,

@@ -73,7 +73,7 @@ class GPTQ(CalibratedRecipe):
     def stages(self) -> list[Stage]:
         return [GPTQStage(self)]
 
-    def compress_outside(self, linear: nn.Linear) -> nn.Module:
+    def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
         return round_linear(linear, self.bits, self.group_size, self.symmetric, mse=self.mse)
 
 

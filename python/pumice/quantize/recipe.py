@@ -48,6 +48,9 @@ class Recipe(ABC):
     # False for a recipe that only prepares weights for the one that follows it.
     compresses: ClassVar[bool] = True
 
+    # Whether weights become zero; the report then says which share of each layer did.
+    prunes: ClassVar[bool] = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
@@ -75,7 +78,7 @@ class Recipe(ABC):
         """
 
     @abstractmethod
-    def compress_outside(self, linear: nn.Linear) -> nn.Module:
+    def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
         """The replacement of one layer without calibration, as for those outside of any block."""
 
     def stages(self) -> list[Stage] | None:
@@ -99,8 +102,12 @@ class LinearRecipe(Recipe):
     def compress_linear(self, linear: nn.Linear) -> nn.Module:
         """The replacement of one layer, which is left as it is."""
 
-    def compress_outside(self, linear: nn.Linear) -> nn.Module:
+    def compress_named(self, name: str, linear: nn.Linear) -> nn.Module:
+        """The same for a method whose settings differ from layer to layer."""
         return self.compress_linear(linear)
+
+    def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
+        return self.compress_named(name, linear)
 
     def apply(
         self,
@@ -113,7 +120,7 @@ class LinearRecipe(Recipe):
         replacements: dict[str, nn.Module] = {}
         for done, (name, linear) in enumerate(layers.items(), start=1):
             try:
-                replacements[name] = self.compress_linear(linear)
+                replacements[name] = self.compress_named(name, linear)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"layer {name!r}: {error}") from error
             progress(done, len(layers), name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pumice.calibration import Block, Stage
 from pumice.nn import Int4Linear
-from pumice.nn._linear import check_linear
+from pumice.nn._linear import finite_weight
 from pumice.quantize.grid import Grid, check_grid, expand, scale_dtype_for
 from pumice.quantize.recipe import LinearRecipe
 
@@ -87,10 +87,4 @@ def round_linear(
 
 def check_finite(linear: nn.Linear) -> Tensor:
     """The weight in fp32; ValueError, naming rows, if it holds NaN or infinities."""
-    weight = check_linear(linear, "Int4Linear").float()
-    finite = weight.isfinite().all(1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        listed = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
-        raise ValueError(f"Int4Linear: the weight holds NaN or infinite values (rows {listed})")
-    return weight
+    return finite_weight(linear, "Int4Linear")
