@@ -94,7 +94,8 @@ class Request:
 
     ``tokens`` holds the prompt and what was generated; keys and values of the first
     ``num_computed`` of them are in the cache, as the block manager's ``sequence``. ``generating``:
-    all that is left to compute is the last token, whose logits give the next one.
+    all that is left to compute is the last token, whose logits give the next one (and not the
+    first of several samples).
     """
 
     id: int  # of this sequence: each of n samples has its own
@@ -125,7 +126,7 @@ class Request:
 
     @property
     def generating(self) -> bool:
-        return self.num_computed == len(self.tokens) - 1
+        return self.num_computed == len(self.tokens) - 1 and self.forks == 1
 
     @property
     def suspect(self) -> bool:
