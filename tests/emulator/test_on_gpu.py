@@ -45,6 +45,24 @@ def test_mma_floating_point(both_bodies: Bodies, kind: str, dtype: torch.dtype) 
     assert_same(both_bodies, "mma", kind, one.view(torch.int32), b, torch.zeros(32, 4))
 
 
+@pytest.mark.parametrize("kind", ["s8", "f16", "bf16"])
+@pytest.mark.parametrize("selector", [0, 1])
+def test_mma_sp(both_bodies: Bodies, kind: str, selector: int) -> None:
+    """Where sums need no rounding; any defined metadata in any lane."""
+    torch.manual_seed(selector)
+    nibbles = torch.tensor([0x4, 0x8, 0x9, 0xC, 0xD, 0xE])[torch.randint(0, 6, (32, 8))]
+    metadata = (nibbles << (4 * torch.arange(8))).sum(1)
+    metadata = torch.where(metadata >= 2**31, metadata - 2**32, metadata).int()
+    if kind == "s8":
+        a, b, d = random_words(32, 4), random_words(32, 4), random_words(32, 4)
+        assert_same(both_bodies, "mma_sp", kind, 0, a, b, metadata, d)
+        return
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    a, b = (torch.randint(-16, 17, (32, 8)).to(dtype).view(torch.int32) for _ in range(2))
+    d = torch.randint(-99, 99, (32, 4)).float()
+    assert_same(both_bodies, "mma_sp", kind, selector, a, b, metadata, d)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix(both_bodies: Bodies, count: int, transpose: bool) -> None:

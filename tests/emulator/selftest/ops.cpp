@@ -4,6 +4,7 @@
 SELFTEST_LIBRARY(m) {
   // One instruction of csrc/cuda/ptx, with every lane's registers as tensors (probes.cu).
   m.def("mma(str type, Tensor a, Tensor b, Tensor(d!) d) -> ()");
+  m.def("mma_sp(str type, int selector, Tensor a, Tensor b, Tensor metadata, Tensor(d!) d) -> ()");
   m.def("ldmatrix(Tensor bytes, Tensor rows, int count, bool transpose, Tensor(y!) y) -> ()");
   m.def("cp_async(Tensor x, Tensor valid, int size, Tensor(y!) y) -> ()");
   m.def("load_streaming(Tensor x, int size, Tensor(y!) y) -> ()");
