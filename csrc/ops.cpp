@@ -115,4 +115,30 @@ PUMICE_LIBRARY(m) {
 
   // cache[pairs[n, 1]] = cache[pairs[n, 0]] of both caches
   m.def("cache_copy_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor pairs) -> ()");
+
+  // probs[r] = softmax(logits[r] / temperature) without what top_k, top_p and min_p remove, which
+  // sums to 1 again; at temperature 0 all of it at the first maximum.
+  m.def(
+      "sampling_probs(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p,"
+      " Tensor? min_p) -> Tensor");
+
+  // tokens[r] = the first at which the running sum of those probabilities passes u[r]; ln of its
+  // own. u is given by uniforms or is Philox4x32-10 (csrc/common/philox.h) of seed and position.
+  m.def(
+      "sample(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p,"
+      " Tensor? uniforms, Tensor? seeds, Tensor? positions) -> (Tensor tokens, Tensor logprobs)");
+
+  // Of a chain of drafts x those before the first with u ≥ p(x) / q(x), then a token drawn from
+  // norm(max(p - q, 0)) there, or from p after the last; then -1.
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor? num_drafts, Tensor? draft_probs,"
+      " Tensor target_probs, Tensor? uniforms, Tensor? seeds, Tensor? positions)"
+      " -> (Tensor tokens, Tensor num_accepted)");
+
+  // The same of a tree: of a node's children the first accepted one is next, p becoming
+  // norm(max(p - q, 0)) after each that is not.
+  m.def(
+      "speculative_verify_tree(Tensor draft_tokens, Tensor parents, Tensor? draft_probs,"
+      " Tensor target_probs, Tensor? uniforms, Tensor? seeds, Tensor? positions)"
+      " -> (Tensor tokens, Tensor path, Tensor num_accepted)");
 }

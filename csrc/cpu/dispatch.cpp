@@ -67,4 +67,14 @@ const PagedKernels& paged_kernels() {
   return kernels;
 }
 
+const SamplingKernels& sampling_kernels() {
+  static const SamplingKernels& kernels = PUMICE_SELECT(sampling_kernels);
+  return kernels;
+}
+
+const VerifyKernels& verify_kernels() {
+  static const VerifyKernels& kernels = PUMICE_SELECT(verify_kernels);
+  return kernels;
+}
+
 }  // namespace pumice::cpu

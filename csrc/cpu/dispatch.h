@@ -6,6 +6,7 @@
 #include "cpu/int4_kernels.h"
 #include "cpu/int8_kernels.h"
 #include "cpu/paged_kernels.h"
+#include "cpu/sampling_kernels.h"
 
 namespace pumice::cpu {
 
@@ -19,5 +20,7 @@ const Int4DigitKernels& int4_few_kernels();
 const Int4DigitKernels& int4_panel_kernels();
 const AttentionBackwardKernels& attention_backward_kernels();
 const PagedKernels& paged_kernels();
+const SamplingKernels& sampling_kernels();
+const VerifyKernels& verify_kernels();
 
 }  // namespace pumice::cpu

@@ -8,6 +8,12 @@ from pumice.ops.int4_gemm import int4_linear
 from pumice.ops.int4_weight import int4_dequantize, int4_pack, int4_unpack
 from pumice.ops.paged import cache_append, cache_copy_blocks, paged_attention
 from pumice.ops.quantize import int8_quantize
+from pumice.ops.sampling import (
+    sample,
+    sampling_probs,
+    speculative_verify,
+    speculative_verify_tree,
+)
 
 _library.register("pumice")
 
@@ -27,4 +33,8 @@ __all__ = [
     "merge_attention",
     "pack_attention_mask",
     "paged_attention",
+    "sample",
+    "sampling_probs",
+    "speculative_verify",
+    "speculative_verify_tree",
 ]
