@@ -1,5 +1,9 @@
 """Decoding: the paged key-value cache and what generates text with it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from pumice.decode.batch import PagedBatch
 from pumice.decode.block_manager import (
     Allocation,
@@ -13,6 +17,9 @@ from pumice.decode.block_manager import (
 from pumice.decode.pool import CachePool
 from pumice.decode.runner import ModelRunner
 
+if TYPE_CHECKING:
+    from pumice.decode.paged_cache import PagedCache
+
 __all__ = [
     "Allocation",
     "BlockManager",
@@ -21,7 +28,16 @@ __all__ = [
     "ModelRunner",
     "OutOfBlocksError",
     "PagedBatch",
+    "PagedCache",
     "Stats",
     "Step",
     "UnknownSequenceError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PagedCache":  # a class of transformers', which takes seconds to import
+        from pumice.decode.paged_cache import PagedCache
+
+        return PagedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -78,14 +78,10 @@ class PagedBatch:
         Raises:
             ValueError: no tokens at all; tokens that are not those of the step.
         """
-        counts = np.fromiter(map(len, tokens), dtype=np.int32, count=len(tokens))
+        counts = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
         total = int(counts.sum())
-        cls._check(pool, step, counts, total)
-        pool.copy_blocks(step.copies)
-        ids = _flat(tokens, total)
         if positions is None:
-            last = np.repeat(step.seq_lens.astype(np.int64) - np.cumsum(counts), counts)
-            at = last + np.arange(total)
+            at = np.arange(total) + np.repeat(step.seq_lens - np.cumsum(counts), counts)
         else:
             if [len(row) for row in positions] != counts.tolist():
                 raise ValueError(
@@ -93,14 +89,32 @@ class PagedBatch:
                     f"{[len(row) for row in positions]} for {counts.tolist()}"
                 )
             at = _flat(positions, total)
+        return cls.from_arrays(pool, step, counts, _flat(tokens, total), at, tree_mask)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        pool: CachePool,
+        step: Step,
+        counts: npt.NDArray[np.int64],
+        input_ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        tree_mask: Tensor | None = None,
+    ) -> Self:
+        """:meth:`from_step` of arrays: ``counts[b]`` tokens of sequence b, end to end."""
+        total = len(input_ids)
+        cls._check(pool, step, counts, total)
+        pool.copy_blocks(step.copies)
         starts = np.concatenate([[0], np.cumsum(counts)])
         # Two transfers, not six: on a GPU each has its own latency.
-        per_token = _upload(np.concatenate([ids, at, step.slot_mapping]), np.int64, pool.device)
-        table = np.ascontiguousarray(step.block_table)
+        per_token = _upload(
+            np.concatenate([input_ids, positions, step.slot_mapping]), np.int64, pool.device
+        )
+        table = step.block_table
         per_sequence = _upload(
             np.concatenate([step.seq_lens, starts, table.ravel()]), np.int32, pool.device
         )
-        batch = len(tokens)
+        batch = len(counts)
         return cls(
             input_ids=per_token[:total],
             positions=per_token[total : 2 * total],
@@ -114,7 +128,7 @@ class PagedBatch:
         )
 
     @staticmethod
-    def _check(pool: CachePool, step: Step, counts: npt.NDArray[np.int32], total: int) -> None:
+    def _check(pool: CachePool, step: Step, counts: npt.NDArray[np.int64], total: int) -> None:
         if total == 0:
             raise ValueError("PagedBatch: a forward pass needs at least one token, got none")
         if len(counts) != len(step.seq_lens) or total != len(step.slot_mapping):

@@ -18,7 +18,8 @@ Two functions are registered. :func:`attention_mask` makes the mask once for all
 So a causal or sliding model never makes an S × S mask, padded or not; the kernels skip what lies
 outside the window. Learned sinks (``s_aux``), ``softcap``, fewer heads of key and value, and a
 value dim of its own are arguments of the operator. Attention dropout, probabilities
-(``output_attentions``), position biases and the paged cache of continuous batching are refused.
+(``output_attentions``), position biases and the paged cache of transformers' continuous batching
+are refused; of our own paged caches see :mod:`pumice.integrations.attention_paged`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumice.integrations.attention_paged import paged_attention_forward, running_batch
+from pumice.integrations.attention_paged import paged_cache_forward
 from pumice.ops import flash_attention
 
 try:
@@ -73,22 +74,20 @@ def attention_forward(
         scaling: 1 / √D by default. softcap: see :func:`pumice.ops.flash_attention`.
         sliding_window: tokens, the query's own included; a causal layer looks back only.
         s_aux: [H] learned sinks.
-        paged_batch: a :class:`pumice.decode.PagedBatch`, to which all is left: the mask says
-            nothing then (:mod:`pumice.integrations.attention_paged`).
 
     Returns:
         [B, S_q, H, D_v], and None in place of the probabilities.
 
     Raises:
-        NotImplementedError: dropout, output_attentions, a position bias, a paged cache.
+        NotImplementedError: dropout, output_attentions, a position bias, transformers' paged cache.
         ValueError: a float mask that is no mask.
     """
     _refuse(dropout, kwargs)
+    cache = getattr(key, "pumice_pages", None)
     query, key, value = _one_dtype(query, key, value)
-    batch = kwargs.get("paged_batch") or running_batch.get()
-    if batch is not None:
-        out = paged_attention_forward(
-            module, batch, query, key, value,
+    if cache is not None:
+        out = paged_cache_forward(
+            module, cache, query, key, value, attention_mask,
             scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux,
         )  # fmt: skip
         return out, None

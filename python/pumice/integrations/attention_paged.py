@@ -1,11 +1,13 @@
-"""Models of transformers over a paged cache.
+"""Models of transformers over our paged caches, in two ways.
 
-T tokens of many sequences stand in one row without padding; what belongs together is in a
-:class:`~pumice.decode.PagedBatch`, to which a layer's attention is left. So no mask is made.
+*A packed batch* (:func:`forward`): T tokens of many sequences stand in one row without padding.
+For the time of the call the model's attention implementation is "pumice_paged", which leaves each
+layer's attention to the :class:`~pumice.decode.PagedBatch`: that knows what belongs together, so no
+mask is made. It comes by a context variable, for not all models hand keyword arguments that they do
+not know down to their layers.
 
-The batch comes to the layers by a context variable (:func:`forward`), or where somebody calls a
-model himself as ``model(..., paged_batch=batch)``: most models hand keyword arguments they do not
-know down to the attention function, but not all do in every version of transformers.
+*transformers' own generate* over a :class:`~pumice.decode.paged_cache.PagedCache`, under "pumice":
+the keys that the cache hands to a layer's attention are marked with the cache they are from.
 """
 
 from __future__ import annotations
@@ -20,51 +22,97 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pumice.decode.batch import PagedBatch
+    from pumice.decode.paged_cache import PagedCache
 
-NAME = "pumice"
+NAME = "pumice_paged"
 
-running_batch: ContextVar[PagedBatch | None] = ContextVar("running_batch", default=None)
+_running: ContextVar[PagedBatch] = ContextVar("running batch")
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
-def paged_attention_forward(
+def packed_forward(
     module: nn.Module,
-    batch: PagedBatch,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """One layer's attention: query [1, H, T, D], key and value [1, H_kv, T, …] → [1, T, H, D_v].
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer of a packed batch: query [1, H, T, D], key, value [1, H_kv, T, …] → [1, T, H, D_v].
 
     Raises:
         NotImplementedError: a layer that is not causal, or does not say which it is.
     """
+    layer_idx = _self_attention(module, query, key)
+    if query.shape[0] != 1:
+        raise NotImplementedError(
+            f"{type(module).__name__}: a paged batch is one row of tokens, but query has shape "
+            f"{list(query.shape)}"
+        )
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    options = _options(scaling, sliding_window, softcap, s_aux)
+    return _running.get().attend(layer_idx, *packed, **options)[None], None
+
+
+def paged_cache_forward(
+    module: nn.Module,
+    cache: PagedCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """One layer over a :class:`~pumice.decode.paged_cache.PagedCache`: [B, S_new, H, D_v].
+
+    Args:
+        mask: a form of :func:`pumice.integrations.attention.attention_mask`, not the fourth.
+
+    Raises:
+        NotImplementedError: as above, and masks of any pattern.
+    """
+    layer_idx = _self_attention(module, query, key)
+    if mask is not None and mask.dim() == 4:
+        raise NotImplementedError(
+            f"{type(module).__name__}: over a PagedCache attention is causal, with padding and a "
+            "sliding window; a four-dimensional attention_mask is not supported"
+        )
+    if mask is not None and mask.dim() == 3:  # with a window, which the layer names too
+        options["sliding_window"] = options["sliding_window"] or mask.shape[1]
+        mask = mask[:, 0]
+    return cache.attend(layer_idx, query, key, value, mask, **_options(**options))
+
+
+def _self_attention(module: nn.Module, query: Tensor, key: Tensor) -> int:
+    """The index of a causal layer in which every token brings a query, a key and a value."""
     layer_idx = getattr(module, "layer_idx", None)
-    name = type(module).__name__
-    if layer_idx is None or not getattr(module, "is_causal", True):
+    causal = getattr(module, "is_causal", True)
+    if layer_idx is None or not causal or query.shape[2] != key.shape[2]:
         raise NotImplementedError(
-            f"{name}: a paged cache is for causal self-attention whose layer_idx is known; here "
-            f"layer_idx is {layer_idx}, is_causal {getattr(module, 'is_causal', True)}"
+            f"{type(module).__name__}: a paged cache is for causal self-attention whose layer_idx "
+            f"is known; here layer_idx is {layer_idx}, is_causal {causal}, with queries and keys "
+            f"of shapes {list(query.shape)} and {list(key.shape)}"
         )
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise NotImplementedError(
-            f"{name}: a paged batch is one row of tokens, each with query, key and value, but "
-            f"query has shape {list(query.shape)} and key {list(key.shape)}"
-        )
-    return batch.attend(
-        layer_idx,
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-        softmax_scale=scaling,
-        window=(-1 if sliding_window is None else sliding_window - 1, -1),
-        sinks=s_aux,
-        softcap=softcap or 0.0,
-    )[None]
+    index: int = layer_idx
+    return index
+
+
+def _options(
+    scaling: float | None, sliding_window: int | None, softcap: float | None, s_aux: Tensor | None
+) -> dict[str, Any]:
+    """transformers' names of what the operator calls otherwise."""
+    return {
+        "softmax_scale": scaling,
+        "window": (-1 if sliding_window is None else sliding_window - 1, -1),
+        "sinks": s_aux,
+        "softcap": softcap or 0.0,
+    }
 
 
 def check_model(model: Any) -> None:
@@ -90,8 +138,11 @@ def forward(model: Any, batch: PagedBatch, rows: Tensor | None) -> Tensor:
     # Four-dimensional masks are handed through as they are. Without one, some models make their
     # own from positions that start again, S × S, to keep packed sequences apart.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_forward)
     with attention_implementation(model, NAME):
-        token = running_batch.set(batch)
+        token = _running.set(batch)
         try:
             output = model(
                 input_ids=batch.input_ids[None],
@@ -101,7 +152,7 @@ def forward(model: Any, batch: PagedBatch, rows: Tensor | None) -> Tensor:
                 logits_to_keep=0 if rows is None else rows,
             )
         finally:
-            running_batch.reset(token)
+            _running.reset(token)
     logits: Tensor = output.logits[0]
     return logits
 
@@ -114,9 +165,6 @@ def attention_implementation(model: Any, name: str) -> Iterator[None]:
     ``set_attn_implementation`` does besides, checking and loading kernels, takes longer than a
     decoding step of a small model.
     """
-    from pumice.integrations import attention
-
-    attention.register()
     # By identity, for configurations are compared by value, and not hashed.
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [
