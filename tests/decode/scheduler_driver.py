@@ -99,7 +99,7 @@ class Driver:
                 self.failed.append(self.live.pop(plan.requests[0].id))
             return plan
         seen = self.forward(plan)
-        accepted = np.zeros(len(plan.requests), np.int64)
+        accepted = [0] * len(plan.requests)
         new: dict[int, list[int]] = {}
         for i, request in enumerate(plan.requests):
             drafts_of = plan.num_drafts[i]
@@ -112,7 +112,7 @@ class Driver:
                     break
                 length += 1
                 accepted[i] += 1
-        self.scheduler.computed(plan, accepted if plan.num_drafts.any() else None)
+        self.scheduler.computed(plan, accepted)
         for i, request in enumerate(plan.requests):
             if request.id in new:
                 self.take(request, new[request.id], seen[i])

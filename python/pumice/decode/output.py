@@ -23,7 +23,8 @@ class Output:
     a tokenizer, and it may lag behind the tokens (characters of several tokens, stop strings).
     ``finish_reason`` is None while there is more to come; "stop" for an end-of-sequence or stop
     token (``stop`` is that token) or a stop string or sequence (``stop`` is that), "length", or
-    "error" with the exception in ``error``.
+    "error" with the exception in ``error``. ``seed`` is the sample's own: it is given again by a
+    request with that seed.
     """
 
     id: int
@@ -34,6 +35,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop: int | str | tuple[int, ...] | None = None
     error: BaseException | None = None
+    seed: int = 0
 
     @property
     def finished(self) -> bool:

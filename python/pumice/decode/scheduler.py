@@ -18,7 +18,7 @@ No torch here: a :class:`Plan` is numbers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -126,7 +126,7 @@ class Scheduler:
         """The running requests of which the next pass computes the last token."""
         return [request for request in self._eligible() if request.generating]
 
-    def schedule(self, drafts: dict[int, Sequence[int]] | None = None) -> Plan | None:
+    def schedule(self, drafts: Mapping[int, Sequence[int]] | None = None) -> Plan | None:
         """The next pass, whose tokens have their slots; None where there is nothing to do.
 
         ``drafts``: for ids of :meth:`generating`, tokens to compute beside the last one.
@@ -145,14 +145,13 @@ class Scheduler:
             num_drafts[:] = [len(drafts.get(request.id, ())) for request in requests]
         return Plan(requests, sequences, np.array(counts, np.int64), num_drafts, tokens, step)
 
-    def computed(self, plan: Plan, accepted: npt.NDArray[np.int64] | None = None) -> None:
+    def computed(self, plan: Plan, accepted: Sequence[int] | None = None) -> None:
         """The forward pass is done. Of each request's drafts the first ``accepted`` stay."""
-        lengths = None
         kept = plan.counts
-        if accepted is not None:
-            kept = plan.counts - plan.num_drafts + accepted
-            lengths = plan.step.seq_lens.astype(np.int64) - plan.counts + kept
-            self.manager.truncate(plan.sequences, lengths)
+        if accepted is not None and plan.num_drafts.any():
+            rejected = plan.num_drafts - np.array(accepted, np.int64)
+            kept = plan.counts - rejected
+            self.manager.truncate(plan.sequences, plan.step.seq_lens - rejected)
         self.manager.commit(plan.sequences)
         for request, count in zip(plan.requests, kept.tolist(), strict=True):
             request.num_computed += count
@@ -199,7 +198,7 @@ class Scheduler:
                 self._preempt(self._youngest(requests))
                 preempted = True
 
-    def _share(self, drafts: dict[int, Sequence[int]]) -> tuple[list[Request], list[int]]:
+    def _share(self, drafts: Mapping[int, Sequence[int]]) -> tuple[list[Request], list[int]]:
         """Deal out ``max_batch_tokens``: first a token each to those that generate."""
         eligible = self._eligible()
         left = self.max_batch_tokens
@@ -304,7 +303,7 @@ def _ids(requests: Sequence[Request]) -> npt.NDArray[np.int64]:
 
 
 def _tokens(
-    requests: Sequence[Request], counts: Sequence[int], drafts: dict[int, Sequence[int]]
+    requests: Sequence[Request], counts: Sequence[int], drafts: Mapping[int, Sequence[int]]
 ) -> npt.NDArray[np.int64]:
     """The tokens to compute, request after request."""
     if len(requests) == sum(counts):  # the usual step: one each

@@ -1,0 +1,57 @@
+"""A scheduler's plan as a batch for the model: everything in two transfers."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pumice.decode.batch import PagedBatch
+from pumice.decode.pool import CachePool
+from pumice.decode.scheduler import Plan
+
+__all__ = ["pack", "upload"]
+
+
+def pack(plan: Plan, pool: CachePool, pad_to: int = 0) -> PagedBatch:
+    """The batch of a forward pass; copies the blocks that the plan asks to be copied.
+
+    ``pad_to``: fill up with tokens of no sequence to so many: they are written nowhere, and
+    attention gives them zero.
+    """
+    step, counts = plan.step, plan.counts
+    pool.copy_blocks(step.copies)
+    total = len(plan.tokens)
+    size = max(total, pad_to)
+    ends = np.cumsum(counts)
+    per_token = np.zeros((3, size), np.int64)
+    per_token[0, :total] = plan.tokens
+    per_token[1, :total] = np.arange(total) + np.repeat(step.seq_lens - ends, counts)
+    per_token[2, :total] = step.slot_mapping
+    per_token[2, total:] = -1
+    batch, width = step.block_table.shape
+    per_sequence = np.empty(batch * (width + 2) + 1, np.int32)
+    per_sequence[:batch] = step.seq_lens
+    per_sequence[batch] = 0
+    per_sequence[batch + 1 : 2 * batch + 1] = ends
+    per_sequence[2 * batch + 1 :] = step.block_table.ravel()
+    tokens, sequences = upload(per_token, pool.device), upload(per_sequence, pool.device)
+    return PagedBatch(
+        input_ids=tokens[0],
+        positions=tokens[1],
+        slot_mapping=tokens[2],
+        block_table=sequences[2 * batch + 1 :].view(batch, width),
+        seq_lens=sequences[:batch],
+        cu_seqlens_q=sequences[batch : 2 * batch + 1],
+        max_seqlen_q=int(counts.max()),
+        pool=pool,
+    )
+
+
+def upload(numbers: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """An array on a device. From pinned memory the copy does not wait for running kernels."""
+    tensor = torch.from_numpy(numbers)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
