@@ -1,6 +1,7 @@
 """What each method costs in perplexity, on a real model: ``python -m bench.quality``.
 
-Rows are (method, bits, group, seed, calibration tokens). They are kept in
+Rows are (method, bits, group, seed, calibration tokens), of pruning methods those of
+:mod:`bench.pruning_rows`. They are kept in
 ``bench/results/quality/<model>.json`` one by one, with the loss of every window, so that a table
 can be made in several goes and rows can be compared window by window. Calibration and evaluation
 articles are disjoint. The compressed weights are multiplied as dense ones here: what is judged is
@@ -16,7 +17,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import pumice
+from bench import pruning_rows
 from bench.results import RESULTS
 from pumice.evaluate import Perplexity, perplexity
 from pumice.integrations.models import load_model
@@ -58,7 +60,12 @@ METHODS: dict[str, Callable[[int, int], Recipes]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
-    parser.add_argument("rows", nargs="*", help=f"METHOD:BITS:GROUP, of {', '.join(METHODS)}")
+    pruning = ", ".join(pruning_rows.METHODS)
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        help=f"METHOD:BITS:GROUP, of {', '.join(METHODS)}; METHOD:AMOUNT, of {pruning}",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
@@ -83,18 +90,19 @@ def main() -> None:
         result = evaluate(model)
         _keep(path, stored, dense_key, {"ppl": result.perplexity, "nll": result.window_nll})
     for row in options.rows:
-        method, bits, group = row.split(":")
-        for seed in options.seeds if not method.startswith("rtn") else [0]:
-            tokens = 0 if method.startswith("rtn") else options.samples * CONTEXT
+        without = row.startswith("rtn") or not pruning_rows.needs_data(row)
+        for seed in [0] if without else options.seeds:
+            tokens = 0 if without else options.samples * CONTEXT
             key = f"{row}:seed {seed}:{tokens} tokens:{setting}"
             if key in stored:
                 continue
-            recipe = METHODS[method](int(bits), int(group))
             data = None if tokens == 0 else _samples(calibration, options.samples, seed)
             wall, cpu = time.perf_counter(), time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compressed = pumice.compress(model, recipe, data)
+                compressed = model
+                for recipe in _recipes(row):
+                    compressed = pumice.compress(compressed, recipe, data)
             seconds = time.perf_counter() - wall, time.process_time() - cpu
             result = evaluate(_dense(compressed))
             _keep(
@@ -123,6 +131,14 @@ def table(stored: dict[str, Any]) -> str:
             f"{row.get('cpu_seconds', '')} |"
         )
     return "\n".join(lines)
+
+
+def _recipes(row: str) -> Sequence[Recipes]:
+    """What is done to the model, one call of pumice.compress after the other."""
+    if pruning_rows.is_pruning(row):
+        return pruning_rows.recipes(row)
+    method, bits, group = row.split(":")
+    return [METHODS[method](int(bits), int(group))]
 
 
 def _keep(path: Path, stored: dict[str, Any], key: str, row: dict[str, Any]) -> None:

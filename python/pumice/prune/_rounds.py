@@ -31,7 +31,8 @@ class Rounds:
     ) -> Rounds:
         if folder is None:
             return cls(None, "")
-        weights = {name: weights_digest(linear) for name, linear in layers.items()}
+        with torch.no_grad():
+            weights = {name: weights_digest(linear) for name, linear in layers.items()}
         about = json.dumps({"recipe": dict(recipe), "weights": weights}, sort_keys=True)
         return cls(Path(folder), about)
 

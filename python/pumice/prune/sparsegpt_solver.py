@@ -122,7 +122,7 @@ def solve(
         if j % step == 0:
             masks.choose_patterns(j)
         if grid is None or q is None:
-            return columns[j] * masks.kept[j]
+            return columns[j].masked_fill(~masks.kept[j], 0.0)
         g = j // size
         if j % size == 0:
             stays = columns[j : j + size] * masks.expected(j, min(j + size, k))
