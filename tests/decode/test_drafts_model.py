@@ -47,7 +47,7 @@ def drafts(draft, *requests):
 
 
 def used_blocks(draft):
-    return draft.manager.stats().used_blocks
+    return draft.cache.manager.stats().used_blocks
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 2048])
@@ -91,7 +91,7 @@ def test_after_a_rejection_drafts_go_on_from_what_was_decided(model, kept):
         draft.accepted(0, 4, kept)
     assert draft.record.rate == pytest.approx(kept / (kept + (kept < 4)))
     # No more is in the cache than the text and the drafts that were run.
-    assert draft.manager.stats().tokens <= len(text) + 4
+    assert draft.cache.manager.stats().tokens <= len(text) + 4
 
 
 def test_windows_do_not_forget_what_a_rejection_brings_back():
@@ -99,7 +99,7 @@ def test_windows_do_not_forget_what_a_rejection_brings_back():
     model = build("mistral")
     model.config.sliding_window = 6
     draft = ModelDraft(model, 6, num_blocks=16, block_size=2)
-    assert draft.runner.geometry.window_left == 5
+    assert draft.cache.runner.geometry.window_left == 5
     text = prompt(20)
     for _ in range(8):
         guesses = drafts(draft, request(text))[0]
@@ -149,7 +149,7 @@ def test_a_pass_that_fails_leaves_the_draft_usable(model):
 
     draft = ModelDraft(model, 4, num_blocks=64, block_size=4, max_batch_tokens=5)
     text, other = prompt(9), prompt(12, seed=1)
-    forward = draft.runner.forward
+    forward = draft.cache.runner.forward
     for fail_at in range(8):
         calls = 0
 
@@ -160,11 +160,11 @@ def test_a_pass_that_fails_leaves_the_draft_usable(model):
                 raise FailingError
             return forward(batch, rows)
 
-        draft.runner.forward = failing
+        draft.cache.runner.forward = failing
         if fail_at < 4:
             with pytest.raises(FailingError):
                 draft.propose([request(text, id=0), request(other, id=1)])
-        draft.runner.forward = forward
+        draft.cache.runner.forward = forward
         expected = [continued(model, text, 4), continued(model, other, 4)]
         assert drafts(draft, request(text, id=0), request(other, id=1)) == expected
         text, other = [*text, 5], [*other, expected[1][0]]
@@ -175,7 +175,7 @@ def test_prompts_that_begin_alike_are_run_once(model):
     common = prompt(32)
     drafts(draft, request([*common, 1], id=0))
     given = drafts(draft, request([*common, 2], id=1))
-    assert draft.manager.stats().prompt_hits == 32
+    assert draft.cache.manager.stats().prompt_hits == 32
     assert given == [continued(model, [*common, 2], 2)]
 
 
@@ -260,11 +260,11 @@ def test_an_early_exit_is_the_model_without_its_last_layers(model):
     expected.model.layers = expected.model.layers[:1]
     draft = EarlyExitDraft(model, 1, 5, num_blocks=16)
     assert drafts(draft, request(text)) == [continued(expected, text, 5)]
-    assert len(draft.runner.pool.layers) == 1
+    assert len(draft.cache.runner.pool.layers) == 1
     assert draft.num_layers == 1
     # The weights are the target's own, which is as it was.
     own = {id(p) for p in model.parameters()}
-    assert all(id(p) in own for p in draft.runner.model.parameters())
+    assert all(id(p) in own for p in draft.cache.runner.model.parameters())
     assert len(model.model.layers) == 2
     assert model.config.num_hidden_layers == 2
     assert continued(model, text, 5) == whole
@@ -298,7 +298,7 @@ def test_a_model_without_layers_has_no_exit():
 def test_a_compressed_copy_drafts_with_a_compressed_head(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     draft = compressed_draft(model, pumice.RTN(bits=8, group_size=16), 4, num_blocks=16)
-    copied = draft.runner.model
+    copied = draft.cache.runner.model
     assert isinstance(copied.lm_head, pumice.nn.Int4Linear)
     assert isinstance(model.lm_head, nn.Linear)
     assert copied.get_input_embeddings() is model.get_input_embeddings()
