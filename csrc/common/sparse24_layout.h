@@ -43,9 +43,9 @@ PUMICE_HOST_DEVICE int64_t sparse24_column(const uint8_t* meta_row, int64_t j) {
 
 // The nibble of a group whose nonzeros are the set bits of `mask`, bit i for column i; 0, which no
 // group has, for more than two.
-PUMICE_HOST_DEVICE uint8_t sparse24_group(uint32_t mask) {
-  //                                mask 1111 1110 1101 1100 1011 1010 1001 1000
-  constexpr uint64_t kNibbles = 0x000e'0dc0'098'4844'cULL;
+PUMICE_HOST_DEVICE constexpr uint8_t sparse24_group(uint32_t mask) {
+  // Nibble `mask` of it: from 0000, 0001, 0010 … on the right to 1111 on the left.
+  constexpr uint64_t kNibbles = 0x000e'0dcc'0988'4444ULL;
   return static_cast<uint8_t>(kNibbles >> (4 * mask) & 0xf);
 }
 
@@ -53,5 +53,9 @@ PUMICE_HOST_DEVICE uint8_t sparse24_group(uint32_t mask) {
 PUMICE_HOST_DEVICE bool is_sparse24_group(uint32_t nibble) {
   return (nibble & 3) < (nibble >> 2 & 3);
 }
+
+static_assert(sparse24_group(0b0000) == 0x4 && sparse24_group(0b1000) == 0xc &&
+              sparse24_group(0b0110) == 0x9 && sparse24_group(0b1100) == 0xe &&
+              sparse24_group(0b0111) == 0);
 
 }  // namespace pumice
