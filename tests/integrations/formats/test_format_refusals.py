@@ -200,7 +200,7 @@ def test_the_formats_taken_for_each_other():
     refused(r"'0\.g_idx' is not part of", STATES["gptq"](), quantization_config=AWQ)
     refused(r"'0\.qweight' must have shape", STATES["awq"](), quantization_config=GPTQ)
     refused(
-        r"no quantized layer of its format", STATES["awq"](), quantization_config=packed_config()
+        r"no compressed layer of its format", STATES["awq"](), quantization_config=packed_config()
     )
 
 

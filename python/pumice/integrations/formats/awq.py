@@ -99,7 +99,7 @@ def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
 class Reader:
     """Layers of an AWQ checkpoint, as its ``quantization_config`` describes them."""
 
-    marker = "qweight"
+    markers: tuple[str, ...] = ("qweight",)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # AutoAWQ's own file has other names than config.json.

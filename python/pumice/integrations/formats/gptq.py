@@ -185,7 +185,7 @@ class Reader:
     GPTQModel's ``dynamic``, settings for the layers whose name matches a pattern.
     """
 
-    marker = "qweight"
+    markers: tuple[str, ...] = ("qweight",)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         stored_as = config.get("checkpoint_format", "gptq")

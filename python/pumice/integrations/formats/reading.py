@@ -109,7 +109,7 @@ def _make_layers(
         by_layer.setdefault(layer, set()).add(name)
     layers: dict[str, CompressedLinear] = {}
     used: set[str] = set()
-    for layer in sorted(name for name, entries in by_layer.items() if reader.marker in entries):
+    for layer in sorted(n for n, entries in by_layer.items() if entries & set(reader.markers)):
         linear = find_linear(model, layer)
         entries = sorted(by_layer[layer] - {"bias"})
         prefix = f"{layer}." if layer else ""
@@ -123,8 +123,8 @@ def _make_layers(
         used |= {prefix + name for name in entries}
     if not layers:
         raise ValueError(
-            "the checkpoint holds no quantized layer of its format: no tensor is named "
-            f"'….{reader.marker}'"
+            "the checkpoint holds no compressed layer of its format: no tensor is named "
+            + " or ".join(f"'….{marker}'" for marker in reader.markers)
         )
     return layers, used
 

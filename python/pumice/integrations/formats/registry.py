@@ -14,7 +14,7 @@ from pumice.nn import CompressedLinear
 class Reader(Protocol):
     """Makes the layers of one checkpoint. Made from its ``quantization_config``, checked."""
 
-    marker: str  # the tensor that every quantized layer has
+    markers: tuple[str, ...]  # of these tensors every compressed layer has one
 
     def make_layer(
         self, name: str, linear: nn.Linear, tensors: Mapping[str, Tensor]

@@ -66,7 +66,7 @@ class Scheme:
 class Reader:
     """Layers of a compressed-tensors checkpoint, as its ``quantization_config`` describes them."""
 
-    marker = "weight_scale"
+    markers: tuple[str, ...] = ("weight_scale",)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         if _is_sparse(config.get("sparsity_config")):
