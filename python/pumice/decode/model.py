@@ -91,7 +91,7 @@ class PagedModel:
     @cached_property
     def geometry(self) -> Geometry:
         """Found by running one token through the model."""
-        return _look(self)
+        return _geometry(self)
 
     def forward(self, batch: PagedBatch, rows: Tensor | None = None) -> Tensor:
         """Logits [R, V] of the tokens ``rows``, int64 [R], or of all T.
@@ -134,24 +134,26 @@ class PagedModel:
 class _Look(PagedBatch):
     """A batch of one token that notes what each layer brings; the token sees itself alone."""
 
-    seen: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    seen: list[tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=list)
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
         self.attended.append(layer_idx)
-        self.seen.append((key, value, options.get("window", (-1, -1))[0]))
+        self.seen.append((query, key, value, options.get("window", (-1, -1))[0]))
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
-def _look(model: PagedModel) -> Geometry:
-    name = type(model.model).__name__
+def look(
+    model: PagedModel, token: int = 0, position: int = 0
+) -> tuple[list[tuple[Tensor, Tensor, Tensor, int]], Tensor]:
+    """(query, key, value, window) of each layer for one token at that position, and its logits."""
     device = next((p.device for p in model.model.parameters()), torch.device("cpu"))
-    zero = torch.zeros(1, dtype=torch.int64, device=device)
-    empty = zero.new_empty(0, dtype=torch.int32)
-    no_pool = cast(CachePool, None)
-    batch = _Look(zero, zero, zero, empty, empty, empty, 1, no_pool)
+    ids, at = (torch.tensor([number], device=device) for number in (token, position))
+    empty = ids.new_empty(0, dtype=torch.int32)
+    batch = _Look(ids, at, ids, empty, empty, empty, 1, cast(CachePool, None))
     logits = model.run(batch, None)
+    name = type(model.model).__name__
     if not batch.attended:
         way = "the attention interface of transformers" if model.is_transformers else "batch.attend"
         raise NotImplementedError(
@@ -162,12 +164,17 @@ def _look(model: PagedModel) -> Geometry:
             f"{name}: attention ran in the layers {batch.attended}, not once in each of 0, 1, … in "
             "order; layers that share a cache or keep another state are not supported"
         )
-    keys, values, windows = zip(*batch.seen, strict=True)
+    return batch.seen, logits
+
+
+def _geometry(model: PagedModel) -> Geometry:
+    seen, logits = look(model)
+    _, keys, values, windows = zip(*seen, strict=True)
     for what in ("device", "dtype"):
         kinds = {getattr(key, what) for key in keys}
         if len(kinds) > 1:
             raise NotImplementedError(
-                f"{name}: the layers' keys are of more than one {what}, "
+                f"{type(model.model).__name__}: the layers' keys are of more than one {what}, "
                 f"{', '.join(sorted(map(str, kinds)))}; a pool is of one"
             )
     return Geometry(
