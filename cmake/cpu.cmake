@@ -4,13 +4,16 @@
 # pumice::cpu::PUMICE_ISA; dispatch.cpp chooses a table of function pointers when the library loads.
 set(PUMICE_CPU_SOURCES csrc/ops.cpp csrc/cpu/isa.cpp csrc/cpu/dispatch.cpp
     csrc/cpu/attention_run.cpp csrc/cpu/ops_attention.cpp csrc/cpu/ops_attention_backward.cpp
-    csrc/cpu/ops_int4.cpp csrc/cpu/ops_int8.cpp csrc/cpu/ops_paged.cpp csrc/cpu/ops_sampling.cpp)
+    csrc/cpu/ops_int4.cpp csrc/cpu/ops_int8.cpp csrc/cpu/ops_paged.cpp csrc/cpu/ops_sampling.cpp
+    csrc/cpu/ops_sparse24.cpp csrc/cpu/sparse24_dense_float.cpp csrc/cpu/sparse24_dense_int.cpp)
 set(PUMICE_CPU_ISA_SOURCES csrc/cpu/attention_backward.cpp csrc/cpu/attention_forward.cpp
     csrc/cpu/attention_merge.cpp
     csrc/cpu/int4_few_rows.cpp csrc/cpu/int4_gemm.cpp
     csrc/cpu/int4_panel_gemm.cpp csrc/cpu/int4_weight.cpp csrc/cpu/int8_gemm.cpp
     csrc/cpu/int8_quantize.cpp csrc/cpu/paged_append.cpp
-    csrc/cpu/sampling_rows.cpp csrc/cpu/sampling_verify.cpp)
+    csrc/cpu/sampling_rows.cpp csrc/cpu/sampling_verify.cpp
+    csrc/cpu/sparse24_few_rows.cpp csrc/cpu/sparse24_int4_few_rows.cpp
+    csrc/cpu/sparse24_int8_few_rows.cpp csrc/cpu/sparse24_weight.cpp)
 
 set(PUMICE_CPU_ISAS portable)
 set(PUMICE_ISA_FLAGS_portable "")

@@ -7,7 +7,7 @@ namespace pumice::cpu {
 // A build for another processor holds the portable kernels alone.
 #if defined(PUMICE_HAS_ISA_avx2) && defined(PUMICE_HAS_ISA_avx512vnni)
 #define PUMICE_SELECT(table)                            \
-  (active_isa() == Isa::kAvx512Vnni ? avx512vnni::table \
+  (active_isa() >= Isa::kAvx512Vnni ? avx512vnni::table \
    : active_isa() == Isa::kAvx2     ? avx2::table       \
                                     : portable::table)
 #else
@@ -16,7 +16,7 @@ namespace pumice::cpu {
 
 const AttentionForwardKernels& attention_forward_kernels() {
 #if defined(PUMICE_HAS_ISA_avx512bf16)
-  if (active_avx512_bf16()) return avx512bf16::attention_forward_kernels;
+  if (active_isa() == Isa::kAvx512Bf16) return avx512bf16::attention_forward_kernels;
 #endif
   static const AttentionForwardKernels& kernels = PUMICE_SELECT(attention_forward_kernels);
   return kernels;
@@ -74,6 +74,26 @@ const SamplingKernels& sampling_kernels() {
 
 const VerifyKernels& verify_kernels() {
   static const VerifyKernels& kernels = PUMICE_SELECT(verify_kernels);
+  return kernels;
+}
+
+const Sparse24WeightKernels& sparse24_weight_kernels() {
+  static const Sparse24WeightKernels& kernels = PUMICE_SELECT(sparse24_weight_kernels);
+  return kernels;
+}
+
+const Sparse24FloatKernels& sparse24_float_kernels() {
+  static const Sparse24FloatKernels& kernels = PUMICE_SELECT(sparse24_float_kernels);
+  return kernels;
+}
+
+const Sparse24Int8Kernels& sparse24_int8_kernels() {
+  static const Sparse24Int8Kernels& kernels = PUMICE_SELECT(sparse24_int8_kernels);
+  return kernels;
+}
+
+const Sparse24Int4Kernels& sparse24_int4_kernels() {
+  static const Sparse24Int4Kernels& kernels = PUMICE_SELECT(sparse24_int4_kernels);
   return kernels;
 }
 

@@ -7,6 +7,7 @@
 #include "cpu/int8_kernels.h"
 #include "cpu/paged_kernels.h"
 #include "cpu/sampling_kernels.h"
+#include "cpu/sparse24_kernels.h"
 
 namespace pumice::cpu {
 
@@ -20,6 +21,10 @@ const Int4DigitKernels& int4_few_kernels();
 const Int4DigitKernels& int4_panel_kernels();
 const AttentionBackwardKernels& attention_backward_kernels();
 const PagedKernels& paged_kernels();
+const Sparse24WeightKernels& sparse24_weight_kernels();
+const Sparse24FloatKernels& sparse24_float_kernels();
+const Sparse24Int8Kernels& sparse24_int8_kernels();
+const Sparse24Int4Kernels& sparse24_int4_kernels();
 const SamplingKernels& sampling_kernels();
 const VerifyKernels& verify_kernels();
 

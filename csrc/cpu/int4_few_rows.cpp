@@ -199,7 +199,7 @@ void multiply_tile(const Int4DigitJob& job, int64_t m, const ColumnTile& tile) {
     Float4 y, terms;
     std::memcpy(&y, sums[i], sizeof(y));
     std::memcpy(&terms, dense[i], sizeof(terms));
-    store_four(job.epilogue.y, job.epilogue.y_dtype, (m + i) * job.weight.n + tile.begin,
+    store_four(job.epilogue.y, job.epilogue.y_dtype, (m + i) * job.epilogue.y_stride + tile.begin,
                tile.count, y + terms + bias);
   }
 }

@@ -84,7 +84,7 @@ void gemm(const Int4GemmJob& job, float* rows, int64_t n_begin, int64_t n_end) {
       for (int i = 0; i < kM; ++i) {
         Float4 y;
         std::memcpy(&y, sums[i], sizeof(y));
-        store_four(epilogue.y, epilogue.y_dtype, (m + i) * job.weight.n + n, count, y + bias);
+        store_four(epilogue.y, epilogue.y_dtype, (m + i) * epilogue.y_stride + n, count, y + bias);
       }
     });
   }

@@ -37,8 +37,9 @@ struct Int4Epilogue {
   const float* extra;  // [M, outlier_weight.columns + lora_b.columns]
   MatrixView outlier_weight, lora_b;
   VectorView bias;
-  void* y;  // [M, N]
+  void* y;  // [M, N], rows y_stride apart
   DType y_dtype;
+  int64_t y_stride;
   int64_t extras() const { return outlier_weight.columns + lora_b.columns; }
 };
 

@@ -153,7 +153,7 @@ void store_sums(const Int4DigitJob& job, int64_t m_begin, int64_t m_end, const P
     for (int i = 0; i < panel.count; i += 4) {
       Float4 four;
       std::memcpy(&four, values + i, sizeof(four));
-      store_four(epilogue.y, epilogue.y_dtype, m * job.weight.n + panel.begin + i,
+      store_four(epilogue.y, epilogue.y_dtype, m * epilogue.y_stride + panel.begin + i,
                  std::min(4, panel.count - i), four);
     }
   }

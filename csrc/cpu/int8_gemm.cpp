@@ -126,14 +126,14 @@ void dot_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const Colu
 template <DType kDtype>
 void store_rows(const Int8GemmJob& job, int64_t m_begin, int64_t m_end, const ColumnTile& tile,
                 const int32_t (*sums)[kTileN]) {
-  const int64_t rows = m_end - m_begin, n = job.n, scale_stride = job.scale_stride;
+  const int64_t rows = m_end - m_begin, stride = job.y_stride, scale_stride = job.scale_stride;
   const float* scale = job.scale + m_begin * scale_stride;
   const bool outliers = job.outlier_count > 0;
   const int count = tile.count;
   const Float4 weight_scale = tile.scale, bias = tile.bias;
   void* const y = job.y;
-  int64_t at = m_begin * n + tile.begin;
-  for (int64_t i = 0; i < rows; ++i, at += n) {
+  int64_t at = m_begin * stride + tile.begin;
+  for (int64_t i = 0; i < rows; ++i, at += stride) {
     Int4 sum;
     std::memcpy(&sum, sums[i], sizeof(sum));
     Float4 value = __builtin_convertvector(sum, Float4) * scale[i * scale_stride];

@@ -59,8 +59,9 @@ struct Int8GemmJob {
   const float* weight_scale;
   int64_t weight_scale_stride;
   VectorView bias;
-  void* y;  // [M, N]
+  void* y;  // [M, N], rows y_stride apart
   DType y_dtype;
+  int64_t y_stride;
   int64_t m, n, k;
   void* prepared;  // M · prepared_row_bytes() of workspace, filled by prepare_rows()
   const int32_t* outlier_columns;

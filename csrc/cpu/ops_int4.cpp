@@ -5,6 +5,7 @@
 
 #include "common/intn_args.h"
 #include "cpu/dispatch.h"
+#include "cpu/int4_operator.h"
 #include "cpu/workspace.h"
 
 namespace pumice::cpu {
@@ -20,15 +21,6 @@ void check_range(const char* op, const char* name, const int32_t* index, int64_t
   const auto [least, greatest] = std::minmax_element(index, index + size);
   PUMICE_CHECK(size == 0 || (*least >= 0 && *greatest < limit), op, name, " must lie in [0, ",
                limit, "), but holds ", *least < 0 ? *least : *greatest);
-}
-
-void check_zeros(const char* op, const IntnWeight& weight) {
-  if (weight.zero_kind != ZeroKind::kInteger) return;
-  const auto* zeros = static_cast<const uint8_t*>(weight.zeros);
-  uint8_t greatest = 0;
-  for (int64_t i = 0; i < weight.n * weight.groups; ++i) greatest = std::max(greatest, zeros[i]);
-  PUMICE_CHECK(greatest < (1 << weight.bits), op, "zeros must be below 2^bits = ", 1 << weight.bits,
-               ", but hold ", int{greatest});
 }
 
 Tensor int4_pack(Tensor q, int64_t bits) {
@@ -90,37 +82,6 @@ Tensor int4_dequantize(Tensor qweight, Tensor scales, std::optional<Tensor> zero
   return out;
 }
 
-// Where a row's blocks of activations and groups of weights end.
-struct Segments {
-  std::vector<int32_t> block_segments = {0};
-  std::vector<int32_t> word_segments;
-  std::vector<Int4Segment> segments;
-
-  explicit Segments(const IntnWeight& weight) {
-    const int64_t words = intn_words(weight.k, 4), group_words = (weight.group_size + 7) / 8;
-    word_segments.resize(static_cast<size_t>(ceil_div(words, kBlockWords) * kBlockWords));
-    for (int64_t begin = 0; begin < words;) {
-      const int64_t block = begin / kBlockWords, group = begin / group_words;
-      const int64_t end = std::min({words, (block + 1) * kBlockWords, (group + 1) * group_words});
-      std::fill(word_segments.begin() + begin, word_segments.begin() + end,
-                static_cast<int32_t>(segments.size()) - block_segments.back());
-      segments.push_back({static_cast<int32_t>(begin - block * kBlockWords),
-                          static_cast<int32_t>(end - block * kBlockWords),
-                          static_cast<int32_t>(group)});
-      if (end == words || end % kBlockWords == 0) {
-        block_segments.push_back(static_cast<int32_t>(segments.size()));
-      }
-      begin = end;
-    }
-  }
-};
-
-// One byte for int8 activations, two for what fp16 and bf16 hold, four for fp32.
-int planes_of(DType dtype, bool int8_activation) {
-  if (int8_activation) return 1;
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
-
 // Blocks of rows whose digits stay in L2 times chunks of columns, spread over the threads.
 void run_digits(const IntnWeight& weight, const Int4Activations& x, bool int8_activation,
                 const Int4Epilogue& epilogue, const Tensor& like) {
@@ -128,14 +89,8 @@ void run_digits(const IntnWeight& weight, const Int4Activations& x, bool int8_ac
   constexpr int64_t kRowBlockBytes = 512 * 1024;
   const Int4DigitKernels& kernels = x.m <= kFewRows ? int4_few_kernels() : int4_panel_kernels();
   const Segments segments(weight);
-  Int4DigitJob job{};
+  Int4DigitJob job = digit_job(segments, x, planes_of(x.dtype, int8_activation));
   job.weight = weight;
-  job.x = x;
-  job.planes = planes_of(x.dtype, int8_activation);
-  job.blocks = static_cast<int64_t>(segments.block_segments.size()) - 1;
-  job.block_segments = segments.block_segments.data();
-  job.segments = segments.segments.data();
-  job.word_segments = segments.word_segments.data();
   job.epilogue = epilogue;
 
   Workspace workspace;
@@ -244,8 +199,8 @@ Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor
                                     weight.k,
                                     args.perm,
                                     left_out.empty() ? nullptr : left_out.data()};
-  const Int4Epilogue epilogue{extra.data(), args.outlier_weight,  args.lora_b,
-                              args.bias,    y.mutable_data_ptr(), args.dtype};
+  const Int4Epilogue epilogue{extra.data(),         args.outlier_weight, args.lora_b, args.bias,
+                              y.mutable_data_ptr(), args.dtype,          weight.n};
   const bool digits = int4_panel_kernels().exist && weight.bits == 4 && !weight.g_idx;
   (digits ? run_digits : run_general)(weight, activations, int8_activation, epilogue, x);
   return y;

@@ -101,6 +101,7 @@ Int8GemmJob gemm_job(const Int8WeightArgs& weight, int64_t m, Tensor& y, DType y
   job.bias = weight.bias;
   job.y = y.mutable_data_ptr();
   job.y_dtype = y_dtype;
+  job.y_stride = weight.n;
   job.m = m;
   job.n = weight.n;
   job.k = weight.k;

@@ -1,0 +1,285 @@
+// kernel: sparse24_int4_few_rows
+//
+// y = x · W^T + bias for packed 4-bit 2:4 weights and few rows of x, in integers: kept nibbles
+// times the activations' digits (int4_activations.h), which are picked in a register.
+//
+// A packed word is eight kept weights of 16 columns, a chunk of x. Its zero point cannot be taken
+// off with a sum over all of x, as dense kernels do: the sum over the picked digits is kept beside
+// that of the products.
+//
+// Floor: the bytes of the weight over the bandwidth of memory, 3/4 of the dense weight's: N·K/4 of
+// nibbles and N·K/8 of places.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/int4_activations.h"
+#include "cpu/sparse24_chunks.h"
+#include "cpu/sparse24_kernels.h"
+#include "cpu/sparse24_tile.h"
+#if defined(__AVX512VNNI__)
+#include "cpu/sparse24_words_avx512vnni.h"
+#elif defined(__AVX2__)
+#include "cpu/sparse24_words_avx2.h"
+#endif
+
+namespace pumice::cpu::PUMICE_ISA {
+
+#if defined(__AVX2__)
+
+namespace {
+
+constexpr int kTileN = 4;
+constexpr int64_t kSources = 4;                       // registers of x of a step
+constexpr int64_t kStep = kSources * kRegisterBytes;  // columns
+// A 128-bit lane sums the products of so many columns: those of a half have one scale, for groups
+// are multiples of it.
+constexpr int64_t kLaneColumns = 64;
+static_assert(kStep / (kWords / 4) == kLaneColumns && kLaneColumns / 2 == 2 * kGroupMultiple);
+constexpr int64_t kScaleBlocks = kStep / kActivationBlock;  // of x in a step
+
+int64_t steps_of(int64_t k) { return (k + kStep - 1) / kStep; }
+
+int64_t digits_row(int64_t k, int planes) { return steps_of(k) * planes * kStep; }
+int64_t scales_row(int64_t k) { return steps_of(k) * kWords; }
+
+int64_t padded_groups(const Sparse24Int4Job& job) { return job.kept.groups + kWords; }
+
+int64_t scratch(const Sparse24Int4Job& job) {
+  const int64_t for_gemm = 2 * kTileN * padded_groups(job) + 3 * steps_of(job.k) * kWords;
+  return std::max(for_gemm, steps_of(job.k) * kStep);
+}
+
+// Plane p of a step holds digit p of its columns, the most significant first.
+template <int kPlanes>
+void prepare_rows(const Sparse24Int4Job& job, float* row) {
+  const int64_t steps = steps_of(job.k);
+  std::fill(row + job.k, row + steps * kStep, 0.0f);
+  int8_t* digits = job.digits;
+  float* scales = job.scales;
+  for (int64_t m = 0; m < job.m; ++m) {
+    load_elements(job.x, job.dtype, m * job.k, job.k, row);
+    for (int64_t step = 0; step < steps; ++step, digits += kPlanes * kStep, scales += kWords) {
+      alignas(64) int8_t planes[kPlanes][kStep];
+      for (int64_t block = 0; block < kScaleBlocks; ++block) {
+        const float* x = row + step * kStep + block * kActivationBlock;
+        const BlockScale scale = block_scale<kPlanes>(x);
+        alignas(64) int32_t q[kActivationBlock];
+        round_block(x, scale.inverse, q);
+        for (int p = kPlanes - 1; p >= 0; --p) {
+          for (int64_t i = 0; i < kActivationBlock; ++i) {
+            const int8_t digit = static_cast<int8_t>(q[i]);
+            planes[p][block * kActivationBlock + i] = digit;
+            q[i] = (q[i] - digit) >> 8;
+          }
+        }
+        constexpr int64_t kLanesOf = kWords / kScaleBlocks;
+        std::fill_n(scales + block * kLanesOf, kLanesOf, scale.scale);
+      }
+      order_chunks<kRegisterBytes, kSources>(planes, kPlanes * kStep, digits);
+    }
+  }
+}
+
+void prepare(const Sparse24Int4Job& job, float* row) {
+  with_planes(job.planes, [&]<int kPlanes>() { prepare_rows<kPlanes>(job, row); });
+}
+
+// Which group's scale a lane takes: window[step] is the first group of a step, and low and high are
+// relative to it, for the low and the high words of the lanes.
+struct LaneGroups {
+  int32_t *window, *low, *high;  // [steps · kWords], of window every kWords-th
+
+  LaneGroups(const Sparse24Int4Job& job, float* memory) {
+    const int64_t count = steps_of(job.k) * kWords;
+    window = reinterpret_cast<int32_t*>(memory);
+    low = window + count;
+    high = low + count;
+    const int64_t group_size = 2 * job.kept.group_size, last = job.kept.groups - 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t step = i / kWords;
+      const int64_t column = step * kStep + i % kWords / 4 * kLaneColumns;
+      const int64_t first = std::min(step * kStep / group_size, last);
+      window[i] = static_cast<int32_t>(first);
+      low[i] = static_cast<int32_t>(std::min(column / group_size, last) - first);
+      high[i] =
+          static_cast<int32_t>(std::min((column + kLaneColumns / 2) / group_size, last) - first);
+    }
+  }
+};
+
+// What kTileN weight rows are multiplied with in the end, in fp32.
+struct Parameters {
+  float* scales;  // [kTileN, padded_groups]
+  float* zeros;
+  int64_t stride;
+};
+
+void load_parameters(const IntnWeight& kept, int64_t begin, int64_t end, Parameters& parameters) {
+  for (int j = 0; j < kTileN; ++j) {
+    const int64_t at = std::min(begin + j, end - 1) * kept.groups;
+    float* zeros = parameters.zeros + j * parameters.stride;
+    load_elements(kept.scales, kept.scale_dtype, at, kept.groups,
+                  parameters.scales + j * parameters.stride);
+    if (kept.zero_kind == ZeroKind::kMiddle) {
+      std::fill_n(zeros, kept.groups, static_cast<float>(IntnLayout<4>::kMiddle));
+    } else if (kept.zero_kind == ZeroKind::kFloat) {
+      load_elements(kept.zeros, kept.scale_dtype, at, kept.groups, zeros);
+    } else {
+      const uint8_t* bytes = static_cast<const uint8_t*>(kept.zeros) + at;
+      for (int64_t g = 0; g < kept.groups; ++g) zeros[g] = bytes[g];
+    }
+  }
+}
+
+// With kHalves the low and the high words of a lane have different scales.
+template <int kM, int kPlanes, bool kHalves>
+void multiply(const Sparse24Int4Job& job, int64_t m, const Sparse24Rows<kTileN>& rows,
+              const LaneGroups& groups, const Parameters& parameters, float (&sums)[kM][kTileN]) {
+  static_assert(kPlanes == 2 || kPlanes == 4);
+  const int64_t words = intn_words(job.kept.k, 4), steps = steps_of(job.k);
+  const int64_t x_stride = digits_row(job.k, kPlanes);
+  const int8_t* x = job.digits + m * x_stride;
+  const float* x_scales = job.scales + m * scales_row(job.k);
+  Lanes acc[kM][kTileN];
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileN; ++j) acc[i][j] = broadcast(0.0f);
+  }
+  const auto add_step = [&](int64_t step, auto load,
+                            auto places_of) __attribute__((always_inline)) {
+    const int32_t window = groups.window[step * kWords];
+    const int32_t* low = groups.low + step * kWords;
+    const int32_t* high = groups.high + step * kWords;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileN; ++j) {
+      const uint32_t* row = reinterpret_cast<const uint32_t*>(rows.values[j]);
+      const WordBytes w = load(row + step * kWords);
+      const WordBytes places = places_of(rows.meta[j] + step * kWords * 2);
+      const float* scales = parameters.scales + j * parameters.stride + window;
+      const float* zeros = parameters.zeros + j * parameters.stride + window;
+      const Lanes low_scale = choose(scales, low), low_zero = choose(zeros, low);
+      Lanes high_scale, high_zero;
+      if constexpr (kHalves) {
+        high_scale = choose(scales, high);
+        high_zero = choose(zeros, high);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kM; ++i) {
+        const Lanes x_scale = load_lanes(x_scales + i * steps * kWords + step * kWords);
+        const int8_t* digits = x + i * x_stride + step * kPlanes * kStep;
+        Lanes of_low = broadcast(0.0f), of_high = broadcast(0.0f);
+#pragma GCC unroll 2
+        for (int term = 0; term < kPlanes / 2; ++term) {
+          IntLanes products = zero_sums(), masses = zero_sums();
+          IntLanes high_products = zero_sums(), high_masses = zero_sums();
+#pragma GCC unroll 2
+          for (int digit = 0; digit < 2; ++digit) {
+            const WordBytes picked = pick(digits + (2 * term + digit) * kStep, places);
+            if (digit == 1) {
+              products = shift_digit(products);
+              masses = shift_digit(masses);
+              if constexpr (kHalves) {
+                high_products = shift_digit(high_products);
+                high_masses = shift_digit(high_masses);
+              }
+            }
+            products = add_dots(products, w.low, picked.low);
+            masses = add_masses(masses, picked.low);
+            IntLanes& second = kHalves ? high_products : products;
+            second = add_dots(second, w.high, picked.high);
+            IntLanes& second_mass = kHalves ? high_masses : masses;
+            second_mass = add_masses(second_mass, picked.high);
+          }
+          const Lanes worth = broadcast(term == 0 ? 1.0f : 0x1p-16f);
+          of_low = multiply_add(
+              negative_multiply_add(low_zero, to_float(masses), to_float(products)), worth, of_low);
+          if constexpr (kHalves) {
+            of_high = multiply_add(
+                negative_multiply_add(high_zero, to_float(high_masses), to_float(high_products)),
+                worth, of_high);
+          }
+        }
+        acc[i][j] = multiply_add(of_low, low_scale * x_scale, acc[i][j]);
+        if constexpr (kHalves) {
+          acc[i][j] = multiply_add(of_high, high_scale * x_scale, acc[i][j]);
+        }
+      }
+    }
+  };
+  int64_t step = 0;
+  for (; (step + 1) * kWords <= words; ++step) {
+    rows.prefetch(step * kWords * 4, step * kWords * 2);
+    add_step(
+        step, [](const uint32_t* row) { return kept_bytes(row); },
+        [](const uint8_t* meta) { return word_places(meta); });
+  }
+  if (step < steps) {
+    const int64_t count = words - step * kWords;
+    add_step(
+        step, [count](const uint32_t* row) { return kept_bytes(row, count); },
+        [count](const uint8_t* meta) { return word_places(meta, count); });
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileN; ++j) sums[i][j] = sum_of(acc[i][j]);
+  }
+}
+
+template <int kPlanes, bool kHalves>
+void multiply_columns(const Sparse24Int4Job& job, float* memory, int64_t begin, int64_t end) {
+  Parameters parameters;
+  parameters.stride = padded_groups(job);
+  parameters.scales = memory;
+  parameters.zeros = memory + kTileN * parameters.stride;
+  std::fill_n(memory, 2 * kTileN * parameters.stride, 0.0f);
+  const LaneGroups groups(job, memory + 2 * kTileN * parameters.stride);
+  const int64_t row_bytes = intn_words(job.kept.k, 4) * 4;
+  for (int64_t n = begin; n < end; n += kTileN) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileN, end - n));
+    const Sparse24Rows<kTileN> rows(job.kept.qweight, row_bytes, job.meta, job.k, job.kept.n, n,
+                                    end);
+    load_parameters(job.kept, n, end, parameters);
+    const Float4 bias = load_four(job.bias, n, count);
+    int64_t m = 0;
+    const auto tiles = [&]<int kM>() {
+      for (; m + kM <= job.m; m += kM) {
+        float sums[kM][kTileN];
+        multiply<kM, kPlanes, kHalves>(job, m, rows, groups, parameters, sums);
+        for (int i = 0; i < kM; ++i) {
+          Float4 y;
+          std::memcpy(&y, sums[i], sizeof(y));
+          store_four(job.y, job.dtype, (m + i) * job.kept.n + n, count, y + bias);
+        }
+      }
+    };
+    tiles.template operator()<2>();
+    tiles.template operator()<1>();
+  }
+}
+
+void gemm(const Sparse24Int4Job& job, float* memory, int64_t begin, int64_t end) {
+  const bool halves = job.kept.groups > 1 && 2 * job.kept.group_size % kLaneColumns != 0;
+  if (job.planes == 4) {
+    halves ? multiply_columns<4, true>(job, memory, begin, end)
+           : multiply_columns<4, false>(job, memory, begin, end);
+  } else {
+    halves ? multiply_columns<2, true>(job, memory, begin, end)
+           : multiply_columns<2, false>(job, memory, begin, end);
+  }
+}
+
+}  // namespace
+
+const Sparse24Int4Kernels sparse24_int4_kernels = {true,    digits_row, scales_row,
+                                                   scratch, prepare,    gemm};
+
+#else
+
+const Sparse24Int4Kernels sparse24_int4_kernels = {false,   nullptr, nullptr,
+                                                   nullptr, nullptr, nullptr};
+
+#endif
+
+}  // namespace pumice::cpu::PUMICE_ISA

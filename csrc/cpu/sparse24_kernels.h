@@ -1,0 +1,120 @@
+// What the 2:4 operators ask of the CPU kernels: plain structs, and tables of functions for each
+// instruction set. Every function is single-threaded and works on a range; the operators
+// (ops_sparse24.cpp) spread ranges over threads. No torch here.
+//
+// Few rows of x are multiplied by the kept weights alone: each picks its element of x in a register
+// (sparse24_*few_rows.cpp), so that half the weight's bytes are read, and those of its places. With
+// more rows a chunk of the weight is decompressed into caches once for all of them, and multiplied
+// by the dense kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/intn_layout.h"
+#include "common/sparse24_layout.h"
+
+namespace pumice::cpu {
+
+// Matrices of elements of 1, 2 or 4 bytes; a row of values holds k/2.
+struct Sparse24WeightKernels {
+  // Rows [begin, end) of values and meta from those of w. Returns the first row that is not 2:4, or
+  // end; *group becomes its first group with more than two nonzeros.
+  int64_t (*compress_rows)(const void* w, int64_t element, bool floating, int64_t k, void* values,
+                           uint8_t* meta, int64_t begin, int64_t end, int64_t* group);
+  // The values of w at the places of meta.
+  void (*gather_rows)(const void* w, const uint8_t* meta, int64_t element, int64_t k, void* values,
+                      int64_t begin, int64_t end);
+  // Row begin of the matrix goes to the beginning of w.
+  void (*decompress_rows)(const void* values, const uint8_t* meta, int64_t element, int64_t k,
+                          void* w, int64_t begin, int64_t end);
+  // Rows of packed 4-bit weights, [N, K/8] words from `kept` [N, K/2], with the zero point of its
+  // group where nothing was kept, so that they weigh nothing. Zero points are integers. Row begin
+  // goes to the beginning of qweight.
+  void (*decompress_nibbles)(const IntnWeight& kept, const uint8_t* meta, uint32_t* qweight,
+                             int64_t begin, int64_t end);
+};
+
+// No more rows of x than this go into one call of a kernel for few rows.
+constexpr int64_t kSparse24FewRows = 4;
+
+// y[m,n] = Σ_j x[m,c(n,j)] · values[n,j] + bias[n] of floating-point weights.
+struct Sparse24FloatJob {
+  const void* x;  // [M, K]
+  const void* values;
+  const uint8_t* meta;
+  DType dtype;  // of x, values and y
+  VectorView bias;
+  void* y;  // [M, N]
+  int64_t m, n, k;
+  float* prepared;  // [M, prepared_row(K)]
+};
+
+struct Sparse24FloatKernels {
+  int64_t (*prepared_row)(int64_t k);  // floats
+  // `row` is room for as many.
+  void (*prepare)(const Sparse24FloatJob& job, float* row);
+  // Columns [begin, end) of y.
+  void (*gemm)(const Sparse24FloatJob& job, int64_t begin, int64_t end);
+};
+
+// y[m,n] = Σ_j q[m,c(n,j)] · values[n,j] · scale[m] · weight_scale[n] + bias[n] in int8.
+struct Sparse24Int8Job {
+  const int8_t* q;  // [M, K]
+  const float* scale;
+  int64_t scale_stride;  // 1, or 0 where one scale serves all rows
+  const int8_t* values;
+  const uint8_t* meta;
+  const float* weight_scale;
+  int64_t weight_scale_stride;
+  VectorView bias;
+  void* y;  // [M, N]
+  DType y_dtype;
+  int64_t m, n, k;
+  uint8_t* prepared;  // [M, prepared_row(K)]
+};
+
+struct Sparse24Int8Kernels {
+  int64_t (*prepared_row)(int64_t k);  // bytes
+  // `row` is room for as many.
+  void (*prepare)(const Sparse24Int8Job& job, uint8_t* row);
+  void (*gemm)(const Sparse24Int8Job& job, int64_t begin, int64_t end);
+};
+
+// y[m,n] = Σ_j x[m,c(n,j)] · (q[n,j] - zero) · scale + bias[n] of packed 4-bit weights, in
+// integers: of the weight's nibbles and the activations' digits (int4_activations.h).
+struct Sparse24Int4Job {
+  const void* x;  // [M, K]
+  DType dtype;    // of x and y
+  IntnWeight kept;
+  const uint8_t* meta;
+  VectorView bias;
+  void* y;  // [M, N]
+  int64_t m, k;
+  int planes;      // digits of an activation: 2 or 4
+  int8_t* digits;  // [M, digits_row()]
+  float* scales;   // [M, scales_row()], of the digits
+};
+
+struct Sparse24Int4Kernels {
+  bool exist;  // on this instruction set
+  int64_t (*digits_row)(int64_t k, int planes);
+  int64_t (*scales_row)(int64_t k);
+  // Floats of scratch memory that prepare and gemm need.
+  int64_t (*scratch)(const Sparse24Int4Job& job);
+  void (*prepare)(const Sparse24Int4Job& job, float* scratch);
+  void (*gemm)(const Sparse24Int4Job& job, float* scratch, int64_t begin, int64_t end);
+};
+
+#define PUMICE_DECLARE_SPARSE24_KERNELS(isa)                  \
+  namespace isa {                                             \
+  extern const Sparse24WeightKernels sparse24_weight_kernels; \
+  extern const Sparse24FloatKernels sparse24_float_kernels;   \
+  extern const Sparse24Int8Kernels sparse24_int8_kernels;     \
+  extern const Sparse24Int4Kernels sparse24_int4_kernels;     \
+  }
+PUMICE_DECLARE_SPARSE24_KERNELS(portable)
+PUMICE_DECLARE_SPARSE24_KERNELS(avx2)
+PUMICE_DECLARE_SPARSE24_KERNELS(avx512vnni)
+#undef PUMICE_DECLARE_SPARSE24_KERNELS
+
+}  // namespace pumice::cpu
