@@ -190,6 +190,12 @@ def test_what_it_cannot_tune_is_refused(model, data, message):
     assert_unchanged(model, before)
 
 
+def test_it_stands_alone():
+    recipes = [pumice.AWQScaling(4, 16), pumice.PruneAndTune(0.5)]
+    with pytest.raises(TypeError, match="PruneAndTune does not go through the model block by"):
+        pumice.compress(TinyLm(), recipes, [IDS])
+
+
 def test_a_loss_that_is_not_finite_is_refused():
     model = TinyLm()
     model.lm_head.weight.data[0, 0] = float("nan")

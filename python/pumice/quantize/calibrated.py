@@ -59,8 +59,8 @@ def apply_in_turn(
         own = recipe.stages()
         if own is None:
             raise TypeError(
-                f"compress: {type(recipe).__name__} works without calibration and cannot be "
-                "combined with other recipes"
+                f"compress: {type(recipe).__name__} does not go through the model block by block "
+                "and cannot be combined with other recipes"
             )
         stages += own
     names = " and ".join(type(recipe).__name__ for recipe in recipes)
