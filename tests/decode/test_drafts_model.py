@@ -12,7 +12,7 @@ from pumice.decode.draft_compressed import compressed_copy, compressed_draft
 from pumice.decode.draft_early_exit import EarlyExitDraft, early_exit
 from pumice.decode.draft_model import ModelDraft
 from pumice.decode.request import SamplingParams
-from pumice.ops.sampling import sampling_probs
+from pumice.ops.sampling import sample, sampling_probs
 from tiny_transformers import build
 
 GREEDY = SamplingParams(max_new_tokens=64)
@@ -250,6 +250,21 @@ def test_a_seed_draws_the_same_whatever_else_is_in_the_batch(model):
         for _ in range(8)
     }
     assert len(unseeded) > 2
+
+
+def test_a_draft_is_not_drawn_by_the_number_that_judges_it(model):
+    """With the target's own uniforms a draft would be accepted or not by how it was drawn."""
+    text = prompt(9)
+    draft = ModelDraft(model, 1, num_blocks=512)
+    batch = [request(text, id=seed, params=WARM, seed=seed) for seed in range(200)]
+    drawn = draft.propose(batch).tokens[:, 0]
+    q = filtered(model, text, WARM)
+    theirs, _ = sample(
+        q.log().expand(200, -1), seeds=torch.arange(200), positions=torch.full((200,), len(text))
+    )
+    alike = (drawn == theirs).float().mean()
+    assert abs(alike - (q * q).sum()) < 0.15  # by chance; nearly 1 with the same numbers
+    assert (q * q).sum() < 0.5
 
 
 def test_an_early_exit_is_the_model_without_its_last_layers(model):
