@@ -110,6 +110,35 @@ def test_varlen_is_each_sequence_by_itself():
     assert not out[-1].any()  # no key, no weight
 
 
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_of_a_paged_cache(block_size, causal):
+    """With a block_table k and v are the blocks of a pool, in any order."""
+    lengths_k = (7, 3, 9, 0)
+    q, _, _ = make(batch=1, queries=sum(LENGTHS))
+    _, k, v = make(batch=1, keys=sum(lengths_k), value_dim=24)
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (LENGTHS, lengths_k))
+    columns = -(-max(lengths_k) // block_size)
+    order = torch.randperm(4 * columns, generator=torch.Generator().manual_seed(1))
+    table = order.int().view(4, columns)
+    pools = [torch.full((4 * columns, block_size, 2, x.shape[-1]), torch.nan) for x in (k, v)]
+    for b, length in enumerate(lengths_k):
+        for j in range(length):
+            for pool, x in zip(pools, (k, v), strict=True):
+                pool[table[b, j // block_size], j % block_size] = x[0, cu_k[b] + j]
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    options = {"causal": causal, "window_size": (4, -1), "softcap": 5.0, "alibi_slopes": slopes}
+    out = pumice.flash_attn_varlen_func(
+        q[0], *pools, cu_q, cu_k, 9, 9, block_table=table, **options
+    )
+    expected = pumice.flash_attn_varlen_func(q[0], k[0], v[0], cu_q, cu_k, 9, 9, **options)
+    assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match=r"flash_attn_varlen_func: cu_seqlens_k must have shape"):
+        pumice.flash_attn_varlen_func(q[0], *pools, cu_q, cu_k[1:], 9, 9, block_table=table)
+    with pytest.raises(TypeError, match=r"paged_attention: block_table must be int32"):
+        pumice.flash_attn_varlen_func(q[0], *pools, cu_q, cu_k, 9, 9, block_table=table.long())
+
+
 def test_varlen_of_one_tensor():
     q, k, v = make(batch=1, queries=15, keys=15, kv_heads=4)
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
@@ -165,8 +194,6 @@ def test_refused():
         pumice.flash_attn_func(q, k, v, return_attn_probs=True)
     cu = torch.tensor([0, 9, 18], dtype=torch.int32)
     flat = [tensor.flatten(0, 1) for tensor in (q, k, v)]
-    with pytest.raises(NotImplementedError, match="block_table is given"):
-        pumice.flash_attn_varlen_func(*flat, cu, cu, 9, 9, block_table=cu)
     with pytest.raises(ValueError, match=r"qkv must have shape \[B, S, 3, H, D\]"):
         flash_attn.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match=r"kv must have shape \[total, 2, H, D\]"):

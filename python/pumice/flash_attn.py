@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pumice.ops import flash_attention, flash_attention_varlen
-from pumice.ops._checks import check_tensor, shape_of
+from pumice.ops import flash_attention, flash_attention_varlen, paged_attention
+from pumice.ops._checks import check_tensor, check_vector, shape_of
 
 Window = tuple[int, int]
 
@@ -151,7 +151,10 @@ def flash_attn_varlen_func(
         k, v: [total_k, H_kv, D] and [total_k, H_kv, D_v], likewise by cu_seqlens_k.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], ascending from 0.
         max_seqlen_q, max_seqlen_k: the longest sequence.
-        block_table: must be None: a paged cache is no argument of this operator.
+        block_table: int32 [B, max_blocks]: k and v are a paged cache, [num_blocks, block_size,
+            H_kv, D] and [.., D_v], of any block size; sequence b has cu_seqlens_k[b + 1] -
+            cu_seqlens_k[b] keys there (:func:`pumice.ops.paged_attention`, whose errors these are
+            then). max_seqlen_k has no influence: the table says how many there can be.
 
     The other arguments, the errors and the meaning of the result [total_q, H, D_v] are those of
     :func:`flash_attn_func`.
@@ -159,9 +162,24 @@ def flash_attn_varlen_func(
     op = "flash_attn_varlen_func"
     _refuse(op, dropout_p, return_attn_probs)
     if block_table is not None:
-        raise NotImplementedError(
-            f"{op}: block_table is given, but paged keys and values are not supported; pass k and "
-            "v as [total_k, H_kv, D]"
+        check_tensor(op, "q", q)
+        check_tensor(op, "cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = check_vector(
+            op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), (torch.int32,), "q", q
+        )
+        return paged_attention(
+            q,
+            k,
+            v,
+            block_table,
+            cu_seqlens_k.diff(),
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
         )
     return flash_attention_varlen(
         q,
