@@ -168,7 +168,15 @@ def look(
 
 
 def _geometry(model: PagedModel) -> Geometry:
-    seen, logits = look(model)
+    try:
+        seen, logits = look(model)
+    except NotImplementedError:
+        raise
+    except Exception as error:  # whatever a model of another kind makes of one packed token
+        raise NotImplementedError(
+            f"{type(model.model).__name__} cannot run over a paged cache: one token as a packed "
+            f"batch gave {type(error).__name__}: {error}"
+        ) from error
     _, keys, values, windows = zip(*seen, strict=True)
     for what in ("device", "dtype"):
         kinds = {getattr(key, what) for key in keys}
