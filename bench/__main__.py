@@ -12,7 +12,17 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import attention, block_manager, int4, int8, outlier_weights, paged, readme, results
+from bench import (
+    attention,
+    block_manager,
+    cache,
+    int4,
+    int8,
+    outlier_weights,
+    paged,
+    readme,
+    results,
+)
 from bench.cases import Bench, CaseT, Linear
 from bench.machine import describe
 
@@ -98,6 +108,23 @@ def paged_command(
     if not cases:
         raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
     run(paged.BENCH, cases, device, dtypes, threads, seconds, record, png)
+
+
+@app.command(name="cache")
+def cache_command(
+    device: Device = "cpu",
+    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
+    dtypes: Dtypes = "",
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    record: Record = False,
+    png: Picture = None,
+) -> None:
+    """Writing and copying a paged cache, merging results, packing masks, beside plain torch."""
+    cases = [case for case in cache.CASES[device]() if only in str(case)]
+    if not cases:
+        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
+    run(cache.BENCH, cases, device, dtypes, threads, seconds, record, png)
 
 
 def run(

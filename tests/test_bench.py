@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import attention, int4, int8, outlier_weights, paged, readme, results
+from bench import attention, cache, int4, int8, outlier_weights, paged, readme, results
 from bench.cases import Linear, UnavailableError
 from bench.machine import Machine, describe
 from bench.timing import Timing, copies_beyond_cache, measure
@@ -242,3 +242,35 @@ def test_paged_contenders_compute_the_same(case):
     assert paged.floor_us(case, MACHINE, torch.float32) == pytest.approx(
         2 * case.batch * case.keys * case.kv_heads * 16 * (1 if case.stored else 4) / 10e9 * 1e6
     )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cache.Append(20, 2, 16),
+        cache.Append(7, 2, 16, block_size=3, rotary=True),
+        cache.Append(20, 2, 16, stored="fp8"),
+        cache.Append(20, 2, 16, stored="int8", rotary=True),
+        cache.CopyBlocks(3, 4, 2, 8),
+        cache.Merge(3, 5, 2, 16),
+        cache.MaskPack(2, 128),
+    ],
+    ids=str,
+)
+def test_cache_contenders_compute_the_same(case):
+    results = []
+    for name in cache.PEERS:
+        calls = case.make(2, torch.device("cpu"), torch.bfloat16)  # each has caches of its own
+        results.append(cache.PEERS[name](calls)(1))
+    assert any(x.any() for x in results[0])
+    for plain, ours in zip(*results, strict=True):
+        tolerance = 0.02 if plain.is_floating_point() else 0  # bytes, bits: equal
+        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_cache_floors_count_bytes():
+    assert cache.Append(4, 2, 16, stored="fp8").moved(torch.bfloat16) == 2 * 4 * 32 * 3 + 8 * 4
+    assert cache.CopyBlocks(3, 4, 2, 8).moved(torch.float32) == 4 * 3 * 4 * 16 * 4
+    assert cache.MaskPack(1, 128).moved(torch.float32) == 128 * 128 + 128 * 16 + 4
+    copy = cache.CopyBlocks(3, 4, 2, 8)
+    assert cache.floor_us(copy, MACHINE, torch.float32) == pytest.approx(3072 / 10e9 * 1e6)
