@@ -12,6 +12,13 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/gemm/int4_gemm_fp32.cu
   csrc/cuda/gemm/int4_dequantized.cu
   csrc/cuda/gemm/ops_int4.cu
+  csrc/cuda/sparse/sparse24_weight.cu
+  csrc/cuda/sparse/sparse24_gemm_fp16.cu
+  csrc/cuda/sparse/sparse24_gemm_bf16.cu
+  csrc/cuda/sparse/sparse24_gemm_int8.cu
+  csrc/cuda/sparse/sparse24_gemm_int4_fp16.cu
+  csrc/cuda/sparse/sparse24_gemm_int4_bf16.cu
+  csrc/cuda/sparse/ops_sparse24.cu
   csrc/cuda/attention/flash_forward_fp16.cu
   csrc/cuda/attention/flash_forward_bf16.cu
   csrc/cuda/attention/flash_forward_fp32.cu

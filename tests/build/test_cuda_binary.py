@@ -15,6 +15,15 @@ EXPECTED = {
     "int4_weight": ["I2F", "STG.E.128"],
     "int4_prepare": ["SHFL.BFLY"],
     "int4_gemm": ["HMMA.16816.F32", "HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4"],
+    "sparse24_weight": ["STG.E.128"],
+    "sparse24_gemm": [
+        "HMMA.SP.16832.F32 ",
+        "HMMA.SP.16832.F32.BF16",
+        "IMMA.SP.16864.S8.S8",
+        "LDGSTS.E.BYPASS.128",
+        "LDSM.16.M88.4",
+        "STG.E.128",
+    ],
     "flash_forward": [
         "HMMA.16816.F32",
         "HMMA.16816.F32.BF16",
