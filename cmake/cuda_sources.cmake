@@ -36,4 +36,7 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/attention/flash_backward_fp16.cu
   csrc/cuda/attention/flash_backward_bf16.cu
   csrc/cuda/attention/flash_backward_fp32.cu
-  csrc/cuda/attention/ops_attention_backward.cu)
+  csrc/cuda/attention/ops_attention_backward.cu
+  csrc/cuda/sampling/sampling.cu
+  csrc/cuda/sampling/speculative_verify.cu
+  csrc/cuda/sampling/ops_sampling.cu)

@@ -6,8 +6,8 @@
 // what is drawn from them is always a token.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "common/host_device.h"
 
@@ -21,13 +21,13 @@ constexpr int64_t kMaxVocab = int64_t{1} << 23;
 
 PUMICE_HOST_DEVICE uint32_t float_bits(float x) {
   uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
+  __builtin_memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
 
 PUMICE_HOST_DEVICE float float_of_bits(uint32_t bits) {
   float x;
-  memcpy(&x, &bits, sizeof(x));
+  __builtin_memcpy(&x, &bits, sizeof(x));
   return x;
 }
 
@@ -102,13 +102,38 @@ PUMICE_HOST_DEVICE float softmax_weight(float below, SoftmaxScale scale) {
   return exponent > kLeast ? power : 0.0f;
 }
 
+// A logit from which on weights may be `weight` or more. Rounding errors of weights, 2^-22, and of
+// the difference from the maximum are far below the margin.
+PUMICE_HOST_DEVICE float least_logit_of(double weight, float max, SoftmaxScale scale) {
+  if (!(weight > 0.0)) return -INFINITY;
+  const double inverse = static_cast<double>(scale.high) + static_cast<double>(scale.low);
+  const double below = (log2(weight) - 0x1p-16) / inverse;
+  const double margin = 0x1p-20 * static_cast<double>(max < 0.0f ? -max : max);
+  return static_cast<float>(static_cast<double>(max) + below - margin);
+}
+
+// A weight such that V tokens of less have together less than what top_p leaves out of `all`.
+PUMICE_HOST_DEVICE double nucleus_weight_of(uint32_t top_p, Mass all, int64_t vocab) {
+  const double left_out = (1.0 - top_p * 0x1p-32) * static_cast<double>(all);
+  return 0.5 * left_out / static_cast<double>(vocab) / static_cast<double>(kUnitMass) - 0x1p-41;
+}
+
 // A weight or probability in [0, 1], rounded to a multiple of 2^-40: such is the last bit of a
 // double in [2^12, 2^13).
 PUMICE_HOST_DEVICE Mass mass_of(float p) {
   const double shifted = static_cast<double>(p) + 4096.0;
   uint64_t bits;
-  memcpy(&bits, &shifted, sizeof(bits));
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
   return bits & ((uint64_t{1} << 52) - 1);
+}
+
+// ln of a token's probability: exp(below / temperature) of a total.
+PUMICE_HOST_DEVICE float log_probability(float below, SoftmaxScale scale, Mass total) {
+  constexpr double kLn2 = 0.6931471805599453;
+  const double exponent = static_cast<double>(below) *
+                          (static_cast<double>(scale.high) + static_cast<double>(scale.low));
+  const double share = static_cast<double>(total) / static_cast<double>(kUnitMass);
+  return static_cast<float>(exponent * kLn2 - log(share));
 }
 
 // 1 / mass, to multiply weights by.

@@ -27,15 +27,6 @@ struct FilteredRow {
     return sum;
   }
 
-  // A logit from which on weights may be `weight` or more. Rounding errors of the weights, 2^-22,
-  // and of the difference from the maximum are far below the margin.
-  float least_logit(double weight) const {
-    if (!(weight > 0)) return kNothing;
-    const double inverse = (static_cast<double>(filter.scale.high) + filter.scale.low);
-    const double below = std::log2(weight) / inverse;
-    return static_cast<float>(max + below - 0x1p-16 / inverse - 0x1p-20 * std::fabs(max));
-  }
-
   // A logit below which nothing is kept: it spares looking at most tokens, and decides nothing.
   // `all` is the mass of all tokens, where only top_p filters.
   float bound(Mass all) const {
@@ -45,14 +36,11 @@ struct FilteredRow {
       // k chunks have maxima not below the k-th largest maximum, hence so many tokens are not.
       if (filter.top_k <= chunks) bound = kth_maximum(filter.top_k);
     } else if (filter.nucleus) {
-      // Tokens that each have less than a V-th of what top_p leaves out have less together.
-      const double left = (1.0 - filter.top_p * 0x1p-32) * static_cast<double>(all) /
-                          static_cast<double>(kUnitMass);
-      bound = least_logit(0.5 * left / static_cast<double>(row.vocab) - 0x1p-41);
+      bound = least_logit_of(nucleus_weight_of(filter.top_p, all, row.vocab), max, filter.scale);
     }
     // The mass that top_p is a part of may be that of tokens which min_p removes.
     if (filter.least_weight > 0 && !filter.nucleus) {
-      bound = std::max(bound, least_logit(filter.least_weight));
+      bound = std::max(bound, least_logit_of(filter.least_weight, max, filter.scale));
     }
     return std::isfinite(max) ? bound : kNothing;
   }

@@ -22,15 +22,6 @@ bool keeps_all(const RowFilter& filter, int64_t vocab) {
   return filter.top_k == vocab && !filter.nucleus && !(filter.least_weight > 0);
 }
 
-// ln(exp(below / T) / total)
-float log_probability(float below, SoftmaxScale scale, Mass total) {
-  constexpr double kLn2 = 0.6931471805599453;
-  const double exponent =
-      static_cast<double>(below) * (static_cast<double>(scale.high) + scale.low);
-  const double share = static_cast<double>(total) / static_cast<double>(kUnitMass);
-  return static_cast<float>(exponent * kLn2 - std::log(share));
-}
-
 struct Drawn {
   int64_t token;
   Mass total;

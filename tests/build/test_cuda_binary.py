@@ -56,6 +56,8 @@ EXPECTED = {
         "MUFU.EX2",
     ],
     "flash_backward_fp32": ["FFMA", "LDS.128"],
+    "sampling": ["LDG.E.128", "ATOMS.ADD", "F2F.F64.F32"],
+    "speculative_verify": ["LDG.E.128", "F2F.F64.F32"],
 }
 
 
