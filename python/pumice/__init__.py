@@ -3,6 +3,7 @@
 from pumice import nn, ops, prune, quantize
 from pumice.checkpoint import load, save
 from pumice.compress import compress
+from pumice.decode.generate import generate
 from pumice.doctor import doctor
 from pumice.flash_attn import (
     flash_attn_func,
@@ -34,6 +35,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "generate",
     "load",
     "nn",
     "ops",

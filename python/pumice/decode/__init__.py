@@ -14,7 +14,11 @@ from pumice.decode.block_manager import (
     Step,
     UnknownSequenceError,
 )
+from pumice.decode.engine import Engine, EngineStats
+from pumice.decode.generate import GenerationError, generate
+from pumice.decode.output import Completion, Output
 from pumice.decode.pool import CachePool
+from pumice.decode.request import SamplingParams, UnknownRequestError
 from pumice.decode.runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -24,14 +28,22 @@ __all__ = [
     "Allocation",
     "BlockManager",
     "CachePool",
+    "Completion",
     "DoubleFreeError",
+    "Engine",
+    "EngineStats",
+    "GenerationError",
     "ModelRunner",
     "OutOfBlocksError",
+    "Output",
     "PagedBatch",
     "PagedCache",
+    "SamplingParams",
     "Stats",
     "Step",
+    "UnknownRequestError",
     "UnknownSequenceError",
+    "generate",
 ]
 
 

@@ -46,7 +46,7 @@ def check_batch_invariance(runner: ModelRunner, size: int) -> None:
     for before in sorted({1, rest // 2, rest} - {0}):
         found = _after(runner, size, [probe], some(before))
         _compare(alone, found, f"{len(probe)} tokens behind {before} others", runner)
-    for cut in sorted({1, len(probe) // 2} - {0, len(probe)}):
+    for cut in sorted({1, len(probe) // 2, len(probe) - 1} - {0, len(probe)}):
         found = _after(runner, size, [probe[:cut], probe[cut:]], some(min(3, rest)))
         _compare(alone, found, f"{cut} tokens and {len(probe) - cut} in another pass", runner)
 

@@ -17,25 +17,31 @@ __all__ = ["pack", "upload"]
 def pack(plan: Plan, pool: CachePool, pad_to: int = 0) -> PagedBatch:
     """The batch of a forward pass; copies the blocks that the plan asks to be copied.
 
-    ``pad_to``: fill up with tokens of no sequence to so many: they are written nowhere, and
-    attention gives them zero.
+    ``pad_to``: make every pass the same to every row. It is filled up with tokens of no sequence to
+    so many: they are written nowhere, and attention gives them zero. And each token is a sequence
+    of its own to attention, which ends there: it sees the same keys, but has the bits of a single
+    query, whatever is read with it (kernels for one query and for many round differently).
     """
     step, counts = plan.step, plan.counts
     pool.copy_blocks(step.copies)
     total = len(plan.tokens)
-    size = max(total, pad_to)
     ends = np.cumsum(counts)
-    per_token = np.zeros((3, size), np.int64)
+    per_token = np.zeros((3, max(total, pad_to)), np.int64)
     per_token[0, :total] = plan.tokens
     per_token[1, :total] = np.arange(total) + np.repeat(step.seq_lens - ends, counts)
     per_token[2, :total] = step.slot_mapping
     per_token[2, total:] = -1
-    batch, width = step.block_table.shape
+    lengths, table = step.seq_lens.astype(np.int64), step.block_table
+    if pad_to:
+        lengths, table = per_token[1, :total] + 1, np.repeat(table, counts, axis=0)
+        counts = np.ones(total, np.int64)
+        ends = np.cumsum(counts)
+    batch, width = table.shape
     per_sequence = np.empty(batch * (width + 2) + 1, np.int32)
-    per_sequence[:batch] = step.seq_lens
+    per_sequence[:batch] = lengths
     per_sequence[batch] = 0
     per_sequence[batch + 1 : 2 * batch + 1] = ends
-    per_sequence[2 * batch + 1 :] = step.block_table.ravel()
+    per_sequence[2 * batch + 1 :] = table.ravel()
     tokens, sequences = upload(per_token, pool.device), upload(per_sequence, pool.device)
     return PagedBatch(
         input_ids=tokens[0],
