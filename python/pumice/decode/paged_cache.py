@@ -117,7 +117,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         For "pumice" these are the new ones, marked: the attention function finds the cache by them
         and calls :meth:`attend`. For others, all there are.
         """
-        if self._handed is not None:
+        if self._handed is not None and layer_idx > 0:  # else a pass before this one was broken off
             raise RuntimeError(
                 f"PagedCache: a layer's attention did not read the cache that it was given before "
                 f"layer {layer_idx}: its keys were changed after the update, or its implementation "
@@ -165,7 +165,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         if layer_idx == 0:
             self._begin(key.shape[0], key.shape[2], mask, reclaim=True)
         batch, rows = self._batch, self._rows
-        assert batch is not None
+        if batch is None:  # nothing but padding
+            return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
         packed = [_packed(tensor) for tensor in (query, key, value)]
         if rows is not None:
             packed = [tensor[rows] for tensor in packed]
@@ -273,17 +274,18 @@ class PagedCache(Cache):  # type: ignore[misc]
                 "call reset() before another batch"
             )
         past = np.ones((batch, 0), np.bool_) if self._real is None else self._real
-        real = np.ones((batch, new), np.bool_)
-        if mask is not None:
+        length = past.shape[1]
+        if mask is None:
+            seen = np.ones((batch, length + new), np.bool_)
+        else:
             seen = mask.expand(batch, -1).cpu().numpy()
-            length = past.shape[1]
-            if seen.shape[1] < length + new or (seen[:, :length] != past).any():
-                raise ValueError(
-                    f"PagedCache: the attention mask covers {seen.shape[1]} tokens with other "
-                    f"padding than that of the {length} that came before; with attn_implementation="
-                    "'pumice' padding is left out for good (reset() begins anew)"
-                )
-            real = seen[:, length : length + new]
+        if seen.shape[1] < length + new or (seen[:, :length] != past).any():
+            raise ValueError(
+                f"PagedCache: the attention mask covers {seen.shape[1]} tokens with other padding "
+                f"than that of the {length} that came before; with attn_implementation='pumice' "
+                "padding is left out for good (reset() begins anew)"
+            )
+        real = seen[:, length : length + new]
         manager = self._manager(reclaim)
         if self._ids is None:
             self._ids = np.array(
@@ -293,8 +295,9 @@ class PagedCache(Cache):  # type: ignore[misc]
         step: Step = manager.append(self._ids, counts=counts)
         self._real = np.concatenate([past, real], 1)
         unused = np.zeros(int(counts.sum()), np.int64)
-        self._batch = PagedBatch.from_arrays(self.pool, step, counts, unused, unused)
-        self._rows = None
+        self._batch = self._rows = None
+        if len(unused):
+            self._batch = PagedBatch.from_arrays(self.pool, step, counts, unused, unused)
         if not real.all():
             self._rows = torch.from_numpy(real.ravel().nonzero()[0]).to(self.pool.device)
 
