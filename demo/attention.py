@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import pumice.integrations.transformers  # noqa: F401  registers attn_implementation="pumice"
+from demo.compare import Setting
 from demo.results import Row
 from pumice.evaluate import perplexity, throughput
 
@@ -13,15 +14,16 @@ PROMPT, TOKENS = 64, 24
 ROUNDS = 2
 
 
-def line(model: nn.Module, ids: Tensor, base: Row, context: int, windows: int) -> str:
+def line(setting: Setting, base: Row) -> str:
     """One line of text; the model's own attention is in place again afterwards."""
+    model, ids = setting.model, setting.evaluation
     prompt = ids[None, :PROMPT]
     before = model.config._attn_implementation
     tokens = generate(model, prompt)
     model.set_attn_implementation("pumice")
     try:
         same = torch.equal(generate(model, prompt), tokens)
-        quality = perplexity(model, ids, context=context, windows=windows)
+        quality = perplexity(model, ids, context=setting.context, windows=setting.windows)
         first = base.rounds[0]
         speed = throughput(
             model,

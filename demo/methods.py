@@ -18,6 +18,7 @@ class Method:
     label: str
     recipe: Recipe | None
     calibration: int = 0  # windows that the method looks at
+    observed: int = 0  # windows that only the report of the method looks at
 
     @property
     def digest(self) -> str:
@@ -39,7 +40,7 @@ VECTOR_WISE = Method("vector_wise", "int8 (token + channel)", pumice.Int8())
 # which keeps more columns in 16 bit. It was chosen by looking at this same text, and then held on
 # articles of the calibration split (12 windows: 6 gives +1.9 % ± 0.4, 4 gives +1.1 % ± 0.3).
 PAPER = Method("llm_int8_6", "LLM.int8(), threshold 6", pumice.LLMInt8(threshold=6.0))
-LLM_INT8 = Method("llm_int8", "LLM.int8(), threshold 4", pumice.LLMInt8(threshold=4.0))
+LLM_INT8 = Method("llm_int8", "LLM.int8(), threshold 4", pumice.LLMInt8(threshold=4.0), observed=2)
 
 # Four bits, one scale and zero point for 64 weights. Eight windows are little for GPTQ (it warns):
 # the demo shows the way, bench/quality.py measures.

@@ -16,22 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
-from torch import Tensor, nn
 
 import pumice
-from demo import results
+from demo import compare, results
 from demo.methods import UNCOMPRESSED, Method
 from demo.results import Row
 from pumice import _console
-from pumice.evaluate import model_size, perplexity, throughput
-from pumice.integrations.models import load_model
-from pumice.integrations.texts import load_text
 
-MODEL, TEXT = "smollm2-135m", "wikipedia"
-CONTEXT = 512
-PREFILL, DECODE = 256, 24  # tokens
-ROUNDS = 3  # of speed; the first one warms up and is thrown away
+SIZES = {"prefill": 256, "rounds": 3}
 WINDOWS = 8  # that a method looks at
 
 MAGNITUDE = Method("magnitude50", "50% by magnitude", pumice.Magnitude(0.5))
@@ -53,57 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     with _console.progress_bars() as bars:
-        rows = measure(bars, options)
+        setting = compare.load(bars, options.dtype, options.out, windows=options.windows, **SIZES)
+        rows, _ = compare.compare(bars, setting, METHODS)
     console = _console.output()
     console.print(results.table(rows))
     console.print(
-        f"speed in tokens a second: batch 1, prompt of {PREFILL} tokens, then {DECODE} generated; "
-        f"median of {ROUNDS - 1} interleaved rounds"
+        f"speed in tokens a second: batch 1, prompt of {setting.prefill} tokens, then "
+        f"{setting.decode} generated; median of {setting.rounds - 1} interleaved rounds"
     )
     statements = verdict(rows)
     for statement, holds in statements:
         console.print(f"{'yes' if holds else 'NO '}  {statement}", style="" if holds else "red")
     return 0 if all(holds for _, holds in statements) else 1
-
-
-def measure(bars: Progress, options: argparse.Namespace) -> dict[str, Row]:
-    """All rows of the table."""
-
-    def say(line: str) -> None:
-        _console.say(bars.console, line)
-
-    model, tokenizer = load_model(MODEL, dtype=getattr(torch, options.dtype), progress=say)
-    evaluation = _token_ids(tokenizer, load_text(TEXT, progress=say))
-    calibration = _token_ids(tokenizer, load_text(TEXT, split="calibration", progress=say))
-    kept = options.out / "models" / options.dtype
-    models = {m.name: _pruned(bars, model, m, calibration, kept) for m in METHODS}
-    rows = {}
-    for method in METHODS:
-        with _console.step(bars, f"perplexity: {method.label}") as advance:
-            quality = perplexity(
-                models[method.name],
-                evaluation,
-                context=CONTEXT,
-                windows=options.windows,
-                on_window=advance,
-            )
-        rows[method.name] = Row(method, quality, model_size(models[method.name]))
-    with _console.step(bars, "speed, all methods in turn") as advance:
-        # In turn, so that whatever else the machine does meanwhile hits every method alike.
-        for done in range(ROUNDS * len(rows)):
-            row = list(rows.values())[done % len(rows)]
-            speed = throughput(
-                models[row.method.name],
-                evaluation,
-                prefill=PREFILL,
-                decode=DECODE,
-                repeats=1,
-                warmup=0,
-            )
-            if done >= len(rows):
-                row.rounds.append(speed)
-            advance(done + 1, ROUNDS * len(rows))
-    return rows
 
 
 def verdict(rows: Mapping[str, Row]) -> list[tuple[str, bool]]:
@@ -121,31 +74,6 @@ def verdict(rows: Mapping[str, Row]) -> list[tuple[str, bool]]:
             ppl[SPARSEGPT24.name] < ppl[WANDA24.name],
         ),
     ]
-
-
-def _pruned(
-    bars: Progress, model: nn.Module, method: Method, calibration: Tensor, kept: Path
-) -> nn.Module:
-    if method.recipe is None:
-        return model
-    folder = kept / f"{method.name}-{method.digest}"
-    if method.calibration and folder.is_dir():
-        return pumice.load(folder)
-    windows = list(calibration[: method.calibration * CONTEXT].view(-1, 1, CONTEXT))
-    with _console.step(bars, f"pruning: {method.label}") as advance:
-        pruned = pumice.compress(
-            model,
-            method.recipe,
-            windows or None,
-            progress=lambda done, total, name: advance(done, total),
-        )
-    if method.calibration:
-        pumice.save(pruned, folder)
-    return pruned
-
-
-def _token_ids(tokenizer: object, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text, verbose=False).input_ids)  # type: ignore[operator]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

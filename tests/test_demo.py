@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from demo import __main__ as demo
-from demo import picture, results
+from demo import compare, picture, results
 from demo.methods import LLM_INT8, METHODS, NAIVE, UNCOMPRESSED
 from pumice.evaluate import Perplexity, Throughput
 from tiny_llama import make_model, make_tokenizer
@@ -87,11 +87,9 @@ def test_the_picture_is_drawn_with_every_method(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The demo with a model and texts that need no download and no minutes."""
-    monkeypatch.setattr(demo, "load_model", lambda *_, **__: (make_model(), make_tokenizer()))
-    monkeypatch.setattr(demo, "load_text", lambda *_, **__: "Some text to read. " * 100)
-    monkeypatch.setattr(demo, "CONTEXT", 64)
-    monkeypatch.setattr(demo, "PREFILL", 32)
-    monkeypatch.setattr(demo, "DECODE", 2)
+    monkeypatch.setattr(compare, "load_model", lambda *_, **__: (make_model(), make_tokenizer()))
+    monkeypatch.setattr(compare, "load_text", lambda *_, **__: "Some text to read. " * 100)
+    monkeypatch.setattr(demo, "SIZES", {"context": 64, "prefill": 32, "decode": 2})
     monkeypatch.setattr(sys, "argv", ["demo", "--windows", "3", "--out", str(tmp_path / "out")])
     return tmp_path / "out"
 
