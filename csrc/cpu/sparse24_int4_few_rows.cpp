@@ -186,10 +186,13 @@ void multiply(const Sparse24Int4Job& job, int64_t m, const Sparse24Rows<kTileN>&
             }
             products = add_dots(products, w.low, picked.low);
             masses = add_masses(masses, picked.low);
-            IntLanes& second = kHalves ? high_products : products;
-            second = add_dots(second, w.high, picked.high);
-            IntLanes& second_mass = kHalves ? high_masses : masses;
-            second_mass = add_masses(second_mass, picked.high);
+            if constexpr (kHalves) {
+              high_products = add_dots(high_products, w.high, picked.high);
+              high_masses = add_masses(high_masses, picked.high);
+            } else {
+              products = add_dots(products, w.high, picked.high);
+              masses = add_masses(masses, picked.high);
+            }
           }
           const Lanes worth = broadcast(term == 0 ? 1.0f : 0x1p-16f);
           of_low = multiply_add(

@@ -14,6 +14,14 @@ from pumice.ops.sampling import (
     speculative_verify,
     speculative_verify_tree,
 )
+from pumice.ops.sparse import (
+    sparse24_compress,
+    sparse24_decompress,
+    sparse24_gather,
+    sparse24_int4_linear,
+    sparse24_int8_linear,
+    sparse24_linear,
+)
 
 _library.register("pumice")
 
@@ -35,6 +43,12 @@ __all__ = [
     "paged_attention",
     "sample",
     "sampling_probs",
+    "sparse24_compress",
+    "sparse24_decompress",
+    "sparse24_gather",
+    "sparse24_int4_linear",
+    "sparse24_int8_linear",
+    "sparse24_linear",
     "speculative_verify",
     "speculative_verify_tree",
 ]
