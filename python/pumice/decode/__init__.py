@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pumice.decode.acceptance import Acceptance, expected_tokens
 from pumice.decode.batch import PagedBatch
 from pumice.decode.block_manager import (
     Allocation,
@@ -14,35 +15,59 @@ from pumice.decode.block_manager import (
     Step,
     UnknownSequenceError,
 )
+from pumice.decode.draft import Draft, DraftRequest, Proposal
+from pumice.decode.draft_compressed import compressed_draft
+from pumice.decode.draft_early_exit import EarlyExitDraft
+from pumice.decode.draft_model import ModelDraft
+from pumice.decode.draft_ngram import NgramDraft
+from pumice.decode.draft_tree import NgramTreeDraft, Tree, TreeDraft
+from pumice.decode.draft_tree_model import ModelTreeDraft
 from pumice.decode.engine import Engine, EngineStats
+from pumice.decode.gamma import AdaptiveGamma
 from pumice.decode.generate import GenerationError, generate
 from pumice.decode.output import Completion, Output
 from pumice.decode.pool import CachePool
 from pumice.decode.request import SamplingParams, UnknownRequestError
 from pumice.decode.runner import ModelRunner
+from pumice.decode.speculative import TreeDecoder
 
 if TYPE_CHECKING:
     from pumice.decode.paged_cache import PagedCache
 
 __all__ = [
+    "Acceptance",
+    "AdaptiveGamma",
     "Allocation",
     "BlockManager",
     "CachePool",
     "Completion",
     "DoubleFreeError",
+    "Draft",
+    "DraftRequest",
+    "EarlyExitDraft",
     "Engine",
     "EngineStats",
     "GenerationError",
+    "ModelDraft",
     "ModelRunner",
+    "ModelTreeDraft",
+    "NgramDraft",
+    "NgramTreeDraft",
     "OutOfBlocksError",
     "Output",
     "PagedBatch",
     "PagedCache",
+    "Proposal",
     "SamplingParams",
     "Stats",
     "Step",
+    "Tree",
+    "TreeDecoder",
+    "TreeDraft",
     "UnknownRequestError",
     "UnknownSequenceError",
+    "compressed_draft",
+    "expected_tokens",
     "generate",
 ]
 
