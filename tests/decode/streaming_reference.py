@@ -9,7 +9,7 @@ from pumice.integrations.attention_paged import attention_implementation
 
 
 class PaperStream:
-    """One token at a time through a float64 copy of a model, in plain torch.
+    """One token at a time through a model, in plain torch, attention in float64.
 
     The model is told position 0, so queries and keys come unrotated. Of each layer the keys and
     values of the first ``sinks`` tokens and the last ``window`` (the query's own included) are
@@ -47,6 +47,8 @@ class PaperStream:
         return torch.cat([turned, rest], -1)
 
     def attention(self, module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
+        dtype = query.dtype
+        query, key, value = (states.double() for states in (query, key, value))
         cache = self.caches.setdefault(module.layer_idx, [])
         cache.append((key[0, :, 0], value[0, :, 0]))
         if len(cache) > self.sinks + self.window:
@@ -65,4 +67,4 @@ class PaperStream:
             scores = torch.cat([scores, kwargs["s_aux"].to(scores)[:, None]], 1)
             values = torch.cat([values, torch.zeros_like(values[:1])])
         out = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
-        return out[None, None], None
+        return out.to(dtype)[None, None], None

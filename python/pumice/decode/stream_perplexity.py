@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,31 +14,44 @@ from pumice.decode.streaming import StreamingModel
 
 __all__ = ["StreamPerplexity", "recomputed_perplexity", "stream_perplexity"]
 
-OnSegment = Callable[[int, int], None]
+OnChunk = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class StreamPerplexity:
-    """exp(mean negative log-likelihood) over a stream, and how it went on the way.
+    """exp(mean negative log-likelihood) over a text, token by token.
 
-    ``segment_nll``: mean over the predicted tokens of each segment of the text, in nats.
-    ``segment_seconds``: what each took. ``cache_bytes``: the memory of keys and values.
+    ``token_nll``: fp32 [n], −ln of the probability that each predicted token had, in nats.
+    ``places``: int64 [n], which tokens of the text these are.
+    ``seconds``: for all of it. ``cache_bytes``: the memory of keys and values.
     """
 
-    segment_nll: tuple[float, ...]
-    segment_seconds: tuple[float, ...]
-    segment: int  # tokens a segment; the last may be shorter
-    tokens: int  # predicted tokens
-    mean_nll: float
+    token_nll: Tensor
+    places: Tensor
+    seconds: float
     cache_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return len(self.token_nll)
+
+    @property
+    def mean_nll(self) -> float:
+        return float(self.token_nll.double().mean())
 
     @property
     def perplexity(self) -> float:
         return _exp(self.mean_nll)
 
-    def part(self, first: int, last: int | None = None) -> float:
-        """The perplexity of the segments first … last − 1 (of equal length, but for the end)."""
-        return _exp(statistics.fmean(self.segment_nll[first:last]))
+    def between(self, first: int, last: int) -> float:
+        """The perplexity of the tokens first … last − 1 of the text, as far as predicted."""
+        chosen = (self.places >= first) & (self.places < last)
+        return _exp(float(self.token_nll[chosen].double().mean()))
+
+    def at(self, places: Tensor) -> float:
+        """The perplexity of certain tokens: for a fair comparison with one that knows only them."""
+        return _exp(float(self.token_nll[torch.isin(self.places, places)].double().mean()))
 
 
 def stream_perplexity(
@@ -48,9 +60,9 @@ def stream_perplexity(
     *,
     sinks: int = 4,
     window: int | None = 1020,
-    segment: int = 256,
+    chunk: int = 256,
     cache_dtype: torch.dtype | None = None,
-    on_segment: OnSegment | None = None,
+    on_chunk: OnChunk | None = None,
 ) -> StreamPerplexity:
     """Perplexity of one text read as a stream, every token once.
 
@@ -59,8 +71,8 @@ def stream_perplexity(
             ``window=None`` every token sees all before it: dense attention, beyond the trained
             context too, whose memory and time grow.
         tokens: [n] at least 2.
-        segment: tokens at a time, and what an item of ``segment_nll`` is over.
-        on_segment: called as ``on_segment(tokens so far, all)``.
+        chunk: tokens at a time; changes nothing but speed and the memory of logits.
+        on_chunk: called as ``on_chunk(tokens so far, all)``.
     """
     ids = torch.as_tensor(tokens, dtype=torch.int64)
     if ids.dim() != 1 or len(ids) < 2:
@@ -71,23 +83,17 @@ def stream_perplexity(
         model,
         sinks=sinks if window is not None else 0,
         window=len(ids) if window is None else window,
-        chunk=segment,
+        chunk=chunk,
         cache_dtype=cache_dtype,
     )
-    means, seconds, total = [], [], 0.0
-    for start in range(0, len(ids) - 1, segment):
-        begun = time.perf_counter()
-        inputs = ids[start : min(start + segment, len(ids) - 1)]
-        targets = ids[start + 1 : start + 1 + len(inputs)]
-        loss = _nll(stream.forward(inputs), targets)
-        seconds.append(time.perf_counter() - begun)
-        means.append(loss / len(inputs))
-        total += loss
-        if on_segment:
-            on_segment(start + len(inputs), len(ids) - 1)
-    count = len(ids) - 1
+    begun, losses = time.perf_counter(), []
+    for inputs, targets in zip(ids[:-1].split(chunk), ids[1:].split(chunk), strict=True):
+        losses.append(_nll(stream.forward(inputs), targets))
+        if on_chunk:
+            on_chunk(stream.length, len(ids) - 1)
+    seconds = time.perf_counter() - begun
     return StreamPerplexity(
-        tuple(means), tuple(seconds), segment, count, total / count, stream.pool.nbytes
+        torch.cat(losses), torch.arange(1, len(ids)), seconds, stream.pool.nbytes
     )
 
 
@@ -97,14 +103,13 @@ def recomputed_perplexity(
     *,
     window: int,
     every: int = 1,
-    on_segment: OnSegment | None = None,
+    on_chunk: OnChunk | None = None,
 ) -> StreamPerplexity:
     """What a model can do with the last ``window`` tokens: each prediction from scratch.
 
     The paper's reference, "sliding window with re-computation": token i is predicted by running the
     model on tokens i − window … i − 1 at positions 0 … window − 1. That is window times the work,
-    so with ``every`` only each so-many-th token is predicted, from token ``window`` on; each is a
-    segment.
+    so with ``every`` only each so-many-th token is predicted, from token ``window`` on.
     """
     ids = torch.as_tensor(tokens, dtype=torch.int64)
     if window < 1 or every < 1 or ids.dim() != 1 or len(ids) <= window:
@@ -113,25 +118,22 @@ def recomputed_perplexity(
             f"them, every ≥ 1, not {list(ids.shape)} and {every}"
         )
     stream = StreamingModel(model, sinks=0, window=window, chunk=window)
-    means, seconds = [], []
-    places = range(window, len(ids), every)
-    for place in places:
-        begun = time.perf_counter()
+    begun, losses = time.perf_counter(), []
+    places = torch.arange(window, len(ids), every)
+    for place in places.tolist():
         stream.reset()
         logits = stream.forward(ids[place - window : place], last=True)
-        means.append(_nll(logits, ids[place : place + 1]))
-        seconds.append(time.perf_counter() - begun)
-        if on_segment:
-            on_segment(place, len(ids))
-    return StreamPerplexity(
-        tuple(means), tuple(seconds), 1, len(means), statistics.fmean(means), stream.pool.nbytes
-    )
+        losses.append(_nll(logits, ids[place : place + 1]))
+        if on_chunk:
+            on_chunk(place, len(ids))
+    seconds = time.perf_counter() - begun
+    return StreamPerplexity(torch.cat(losses), places, seconds, stream.pool.nbytes)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> float:
-    """Σ −log softmax(logits)[target], in float32 whatever the logits are in."""
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(logits)[target], fp32 on the CPU, whatever the logits are in."""
     targets = targets.to(logits.device)
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu()
 
 
 def _exp(nats: float) -> float:
