@@ -22,6 +22,7 @@ from bench import (
     paged,
     readme,
     results,
+    speculative,
 )
 from bench.cases import Bench, CaseT, Linear
 from bench.machine import describe
@@ -163,6 +164,24 @@ def outlier_weights_command() -> None:
 def block_manager_command() -> None:
     """The paged cache's books: operations a second, and memory against reserving in one piece."""
     console.print(Markdown(block_manager.tables()))
+
+
+@app.command(name="speculative")
+def speculative_command(
+    dtype: Annotated[str, typer.Option(help="of the target")] = "float32",
+    tokens: Annotated[int, typer.Option(help="generated in each run")] = 96,
+    rounds: Annotated[int, typer.Option(help="runs of each draft")] = 3,
+    only: Annotated[str, typer.Option(help="drafts whose names hold this")] = "",
+    threads: Threads = 0,
+    processor_time: Annotated[
+        bool, typer.Option(help="time the processor, of all threads, where others use it too")
+    ] = False,
+) -> None:
+    """Drafts of SmolLM2-135M: acceptance, tokens a pass of the target, speed-up."""
+    if threads:
+        torch.set_num_threads(threads)
+    rows = speculative.run(dtype, tokens, rounds, only, processor_time, console.log)
+    console.print(Markdown(speculative.markdown(rows)))
 
 
 @app.command(name="readme")
