@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ ROUNDS = 2
 
 def line(setting: Setting, base: Row) -> str:
     """One line of text; the model's own attention is in place again afterwards."""
-    model, ids = setting.model, setting.evaluation
+    model: Any = setting.model
+    ids = setting.evaluation
     prompt = ids[None, :PROMPT]
     before = model.config._attn_implementation
     tokens = generate(model, prompt)
