@@ -71,6 +71,7 @@ inline Maximum find_maximum(const LogitRow& row, float* maxima) {
       where = c;
     }
   }
+  if (found.value == kNothing) return found;
   const LogitChunk chunk = row.chunk(where, copy);
   for (int64_t i = 0; i < chunk.count; ++i) {
     if (chunk.at[i] == found.value) {
