@@ -49,7 +49,7 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Drafts of B sequences: what :func:`pumice.ops.speculative_verify` takes.
+    """Drafts of B sequences: what :func:`pumice.ops.speculative_verify` takes, on any device.
 
     ``tokens``: int64 [B, γ], of which row b holds ``num_drafts[b]``, then any tokens.
     ``num_drafts``: int32 [B].

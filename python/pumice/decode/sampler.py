@@ -142,10 +142,10 @@ class Sampler:
         places = upload(np.array([guesses.places[r.id] for r in requests], np.int64), self.device)
         positions = np.array([len(request.tokens) for request in requests], np.int64)
         drawn, accepted = speculative_verify(
-            proposal.tokens[places],
+            proposal.tokens.to(self.device)[places],
             probs,
             num_drafts=upload(drafts, self.device),
-            draft_probs=None if proposal.probs is None else proposal.probs[places],
+            draft_probs=None if proposal.probs is None else proposal.probs.to(self.device)[places],
             seeds=seeds[:: width + 1].contiguous(),
             positions=upload(positions, self.device),
         )
