@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,6 +201,73 @@ def evaluate(
         f"on {text}: {len(last.window_nll)} windows of {last.context} tokens, "
         f"{last.tokens} predicted"
     )
+
+
+@_command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable: all at once.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many for each.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Of the k most probable tokens; 0: of all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Of the most probable ones of this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Of those with this part of the best's p.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same samples again.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Samples of each prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Prompts are a user's turns of a chat.")] = False,
+    dtype: DType = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Continue text: a single one as it comes, several together in one batch."""
+    prompts: list[Any] = prompt or ([] if sys.stdin.isatty() else [sys.stdin.read()])
+    if not prompts:
+        raise typer.BadParameter("give one, or pipe it in", param_hint="--prompt")
+    with _console.progress_bars() as bars:
+        loaded, tokenizer = load_model(model, dtype=_dtype(dtype), progress=_say(bars))
+    if chat:
+        prompts = [_turn(tokenizer, text) for text in prompts]
+    params: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "min_p": min_p, "seed": seed, "n": n, "stop": stop or (),
+    }  # fmt: skip
+    if len(prompts) == n == 1 and not as_json:
+        for output in pumice.generate(loaded, prompts, tokenizer=tokenizer, stream=True, **params):
+            if output.error is not None:
+                raise output.error
+            print(output.text, end="", flush=True)
+        print()
+        return
+    completions = pumice.generate(loaded, prompts, tokenizer=tokenizer, **params)
+    if as_json:
+        rows = [
+            {
+                "prompt": prompt[one.prompt_index] if prompt else None,
+                "text": one.text,
+                "tokens": one.tokens,
+                "finish_reason": one.finish_reason,
+                "seed": one.seed,
+            }
+            for one in completions
+        ]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for one in completions:
+        print(f"--- prompt {one.prompt_index + 1}, sample {one.index + 1}")
+        print(one.text)
+
+
+def _turn(tokenizer: Any, text: str) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--chat: the model's tokenizer has no chat template")
+    turns = [{"role": "user", "content": text}]
+    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids
 
 
 def _settings(arguments: list[str]) -> dict[str, Any]:

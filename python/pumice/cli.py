@@ -1,4 +1,4 @@
-"""The command ``pumice``: doctor, compress, eval.
+"""The command ``pumice``: doctor, compress, eval, generate.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 the
 library refused (one line says why), 2 a wrong command line or a package that is missing.
