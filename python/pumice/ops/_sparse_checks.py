@@ -16,6 +16,7 @@ from pumice.ops._checks import (
     check_vector,
     shape_of,
 )
+from pumice.ops._int4_checks import groups, words
 
 DTYPES = (*FLOATING, torch.int8)
 
@@ -117,6 +118,25 @@ def check_group_size(op: str, group_size: Any) -> None:
         raise ValueError(
             f"{op}: group_size must be -1 (one group for each row) or a positive multiple of "
             f"{GROUP_MULTIPLE} columns, not {group_size}"
+        )
+
+
+def check_packed(op: str, qvalues: Any, scales: Any, k: int, group_size: int, bits: int) -> None:
+    """Shapes of a packed weight whose rows keep K/2 of K columns."""
+    check_tensor(op, "qvalues", qvalues)
+    check_dtype(op, "qvalues", qvalues, (torch.int32,))
+    if qvalues.dim() != 2 or qvalues.shape[0] < 1 or qvalues.shape[1] != words(k // 2, bits):
+        raise ValueError(
+            f"{op}: qvalues must have shape [N, {words(k // 2, bits)}] for {k // 2} kept values of "
+            f"{bits} bits, half of K = {k}, N >= 1, not {shape_of(qvalues)}"
+        )
+    check_contiguous(op, "qvalues", qvalues)
+    check_tensor(op, "scales", scales)
+    n = qvalues.shape[0]
+    if scales.shape != (n, groups(k, group_size)):
+        raise ValueError(
+            f"{op}: scales must have shape [{n}, {groups(k, group_size)}] for K = {k} in groups of "
+            f"{group_size}, not {shape_of(scales)}"
         )
 
 

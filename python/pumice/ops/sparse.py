@@ -42,6 +42,7 @@ from pumice.ops._sparse_checks import (
     check_group_size,
     check_is_sparse24,
     check_meta,
+    check_packed,
     check_values,
     kept_group_size,
 )
@@ -139,7 +140,7 @@ def sparse24_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: no kernels for the device of x.
+        RuntimeError: no kernels for the device of x, or for fp32 there.
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
     """
@@ -256,7 +257,8 @@ def sparse24_int4_linear(
     products. Differentiable in x and in ``bias``.
 
     Args:
-        x: fp32, fp16 or bf16 [..., K], K a multiple of 4; may be empty, of any strides.
+        x: fp32, fp16 or bf16 [..., K], K a multiple of 4; may be empty, of any strides. fp32 on the
+            CPU only.
         qvalues: int32 [N, ceil(K/2 · bits / 32)], contiguous, from :func:`int4_pack`.
         meta: uint8 [N, ceil(K/32)·4].
         scales: fp16, bf16 or fp32 [N, G], G = ceil(K / group_size).
@@ -270,7 +272,8 @@ def sparse24_int4_linear(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a zero point out of range, on the CPU; no kernels for the device of x.
+        RuntimeError: a zero point out of range, on the CPU; no kernels for the device of x, or for
+            fp32 there.
 
     Source: Frantar and Alistarh, "SparseGPT", 2023, and Frantar et al., "MARLIN", 2024 (the joint
     format); Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
@@ -282,7 +285,7 @@ def sparse24_int4_linear(
     k = x.shape[-1]
     if k % 4 != 0:
         raise ValueError(f"{op}: K, the last dimension of x, must be a multiple of 4, not {k}")
-    check_tensor(op, "qvalues", qvalues)
+    check_packed(op, qvalues, scales, k, group_size, bits)
     scales, zeros, _ = check_weight(
         op, qvalues, scales, zeros, None, k // 2, kept_group_size(group_size), bits
     )
