@@ -22,6 +22,7 @@ from bench import (
     paged,
     readme,
     results,
+    sampling,
     speculative,
 )
 from bench.cases import Bench, CaseT, Linear
@@ -152,6 +153,23 @@ def run(
         console.print(f"recorded in {results.record(machine, bench.op, rows)}")
     if png:
         results.plot(rows, f"{bench.op}, {machine.name}", png)
+
+
+@app.command(name="sampling")
+def sampling_command(
+    device: Device = "cpu",
+    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
+    dtypes: Dtypes = "",
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    record: Record = False,
+    png: Picture = None,
+) -> None:
+    """Tokens from logits, and verified drafts, beside torch's sort, softmax and multinomial."""
+    cases = [case for case in sampling.CASES[device]() if only in str(case)]
+    if not cases:
+        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
+    run(sampling.BENCH, cases, device, dtypes, threads, seconds, record, png)
 
 
 @app.command(name="outlier-weights")
