@@ -111,6 +111,9 @@ int main() {
   expect(on_h200<k16Bit>(1, 1024, 8192).parts > 1, "K is split for few rows", 1, 1024, 8192);
   expect(on_h200<k16Bit>(8192, 8192, 8192).tile == Sparse24TileName::k256,
          "the largest tile for large products", 8192, 8192, 8192);
+  expect(plan_sparse24<k16Bit>(140, 300, 208, true, kEmulator.sm_count, kEmulator.shared_memory)
+                 .tile == Sparse24TileName::k256,
+         "a test of the largest tile", 140, 300, 208);
   expect(on_h200<k16Bit>(128, 8192, 8192).tile == Sparse24TileName::k128,
          "smaller ones where they fill the device better", 128, 8192, 8192);
   return failures == 0 ? 0 : 1;

@@ -26,7 +26,8 @@ FLOATING = {
     "64 tokens": (50, 130, 272, BRAIN),
     "64 tokens, rows of any address": (70, 140, 204, HALF),
     "128 tokens": (140, 100, 208, BRAIN),
-    "128 tokens, nine tiles along M": (1040, 140, 48, HALF),
+    "256 rows": (140, 300, 208, HALF),
+    "256 rows, nine tiles along M": (1040, 140, 48, BRAIN),
     "less than a step": (2, 3, 4, HALF),
 }
 INT8 = {
@@ -37,6 +38,7 @@ INT8 = {
     "64 tokens": (50, 130, 288, SINGLE),
     "64 tokens, rows of any address": (70, 140, 204, BRAIN),
     "128 tokens": (140, 100, 416, BRAIN),
+    "256 rows": (140, 300, 416, HALF),
     "less than a step": (2, 3, 4, HALF),
 }
 # M, N, K, dtype, group_size, bits, zeros

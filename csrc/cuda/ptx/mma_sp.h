@@ -1,23 +1,18 @@
 // mma.sp (sm_80): mma.sync with a 2:4 sparse A. Of each 4 neighbours along K two are kept, and the
-// tensor cores skip the others: twice the K of mma.sync with the same A registers, in the same
-// time.
+// tensor cores skip the others: twice the K of mma.sync with the same A, in the same time.
 //
-// Fragments, with g = lane / 4 and t = lane mod 4. Kept values take the places that mma.sync
-// (mma.h) has for all of them, in the order of their columns; B has twice the registers, each 16
-// bytes of K further on; D is as there:
+// Fragments, with g = lane / 4 and t = lane mod 4. Kept values take the places that mma.sync has
+// for all of them (mma.h), in the order of their columns; D is as there; B has twice the registers:
 //
-//   A  a[0 .. 3]: as in mma.h, kept values in place of columns        B  b[i]: column g, byte 16·i
-//   +
-//                                                                              4·t .. of K
+//   B  b[i]: column g, of K the bytes 16·i + 4·t .. 16·i + 4·t + 3
 //
-// The metadata is a nibble for each group of four: idx0 | idx1 << 2, idx0 < idx1, the columns of
-// the two that are kept ("ordered metadata"; 8 groups are 32 columns in a word, the first in the
-// lowest bits). Which lane gives whose:
+// The metadata is a nibble for each group of four: idx0 | idx1 << 2, the columns of the two that
+// are kept, idx0 < idx1 ("ordered metadata"; without it the instruction may be much slower on some
+// targets, says the PTX ISA). A word is 8 groups, 32 columns, the first in the lowest bits:
 //
-//   f16, bf16  K = 32: two lanes t = 2·kSelector + h of each four, h = 0, 1, give
-//              bits 0-15: row g, columns 16·h .. 16·h + 15,   bits 16-31: row g + 8, the same
-//              columns
-//   int8       K = 64: lane t gives row g + 8·(t mod 2), columns 32·(t / 2) .. 32·(t / 2) + 31
+//   int8   K = 64   lane t gives a word, row g + 8·(t mod 2), the columns from 32·(t / 2) on
+//   16 bit K = 32   two of four lanes, t = 2·kSelector + h with h = 0, 1, give half a word of two
+//                   rows, the columns from 16·h on: row g in bits 0-15, row g + 8 in bits 16-31
 //
 // What the other two lanes give in 16 bit is not read: one register can hold the metadata of two
 // products, for the selectors 0 and 1.

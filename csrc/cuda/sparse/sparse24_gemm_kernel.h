@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const int begin = static_cast<int>(static_cast<int64_t>(part) * grid.slices / grid.parts);
   const int end = static_cast<int>(static_cast<int64_t>(part + 1) * grid.slices / grid.parts);
 
-  Sparse24SliceLoader<Tile, kAligned> loader(product, grid, stages, m0, n0);
+  Sparse24SliceLoader<Tile, kAligned> loader(product, grid, stages, m0, n0, begin, end);
 #pragma unroll 1
   for (int i = 0; i < Tile::kStages - 1; ++i) {
-    loader.start(begin + i, end, i);
+    loader.start(i);
     loader.finish(i);
   }
   Warp warp(product, grid);

@@ -71,7 +71,7 @@ class Sparse24Int4Warp {
       __syncthreads();
       // The stage before this one is free: all warps have passed the barrier after reading it.
       const int free_stage = stage == 0 ? Tile::kStages - 1 : stage - 1;
-      loader.start(slice + Tile::kStages - 1, end, free_stage);
+      loader.start(free_stage);
       const int k0 = slice * Tile::kSliceK + place_.warp_k * Tile::kWarpK;
       if (k0 < static_cast<int>(product_.k)) multiply_slice(stages + stage * Tile::kStageBytes);
       loader.finish(free_stage);

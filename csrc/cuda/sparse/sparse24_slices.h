@@ -55,31 +55,99 @@ struct Sparse24Grid {
   }
 };
 
+// A thread's part of copying slices of kRows rows, kRowBytes of each, in chunks of 16 bytes:
+// [row][chunk], swizzled, or [chunk][row].
+template <int kRows, int kRowBytes, int kThreads, bool kSwizzled>
+class Sparse24Rows {
+ public:
+  __device__ __forceinline__ Sparse24Rows(const unsigned char* matrix, int row_bytes, int first_row,
+                                          int rows, int first_slice)
+      : row_bytes_(row_bytes),
+        rows_left_(rows - first_row - row()),
+        bytes_left_(row_bytes - first_slice * kRowBytes - chunk() * 16) {
+    source_ = matrix + static_cast<int64_t>(first_row + row()) * row_bytes +
+              first_slice * kRowBytes + chunk() * 16;
+  }
+
+  // The next slice. Zeros where there is nothing.
+  template <bool kAligned>
+  __device__ __forceinline__ void copy(unsigned char* target) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (kRows % kStep != 0 && row() + i * kStep >= kRows) break;
+      const int valid = i * kStep < rows_left_ ? bytes_left_ : 0;
+      const unsigned char* source = source_ + static_cast<int64_t>(i * kStep) * row_bytes_;
+      if constexpr (kAligned) {
+        ptx::cp_async_16(target + place(row() + i * kStep), source, valid > 0);
+      } else {
+        *reinterpret_cast<uint4*>(target + place(row() + i * kStep)) =
+            load_unaligned_16(source, valid);
+      }
+    }
+    source_ += kRowBytes;
+    bytes_left_ -= kRowBytes;
+  }
+
+ private:
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kStep = kThreads / kChunks;
+  static constexpr int kCopies = (kRows + kStep - 1) / kStep;
+  static_assert(kThreads % kChunks == 0);
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kChunks; }
+  static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
+  static __device__ __forceinline__ int place(int row) {
+    if constexpr (kSwizzled) return row * kRowBytes + sparse24_chunk_place(row, chunk()) * 16;
+    return (chunk() * kRows + row) * 16;
+  }
+
+  const unsigned char* source_;
+  int row_bytes_, rows_left_, bytes_left_;
+};
+
+// Fills stages in the order in which the block will use them. What a thread copies stays at the
+// same place of its rows from slice to slice: pointers are worked out once and move on.
 template <class Tile, bool kAligned>
 class Sparse24SliceLoader {
  public:
+  // The slices [first_slice, slices_end) of the tile that begins at token m0 and row n0.
   __device__ Sparse24SliceLoader(const Sparse24Product& product, const Sparse24Grid& grid,
-                                 unsigned char* stages, int m0, int n0)
-      : product_(product), grid_(grid), stages_(stages), m0_(m0), n0_(n0) {}
+                                 unsigned char* stages, int m0, int n0, int first_slice,
+                                 int slices_end)
+      : product_(product),
+        grid_(grid),
+        stages_(stages),
+        slices_left_(slices_end - first_slice),
+        values_(static_cast<const unsigned char*>(product.values), grid.value_bytes, n0, grid.n,
+                first_slice),
+        tokens_(static_cast<const unsigned char*>(product.x), grid.token_bytes, m0, grid.m,
+                first_slice) {
+    const int thread = static_cast<int>(threadIdx.x);
+    meta_at_ = first_slice * Tile::kMetaRowBytes + thread % kMetaChunks * 16;
+#pragma unroll
+    for (int i = 0; i < kMetaCopies; ++i) {
+      const int row = thread / kMetaChunks + i * (Tile::kThreads / kMetaChunks);
+      meta_rows_[i] =
+          product.meta + static_cast<int64_t>(min(n0 + row, grid.n - 1)) * grid.meta_bytes;
+    }
+    if constexpr (kInt4) {
+      const int row = thread % Tile::kRows;
+      first_term_ = static_cast<int64_t>(min(n0 + row, grid.n - 1)) * grid.groups;
+      chunk_ = first_slice * kChunksOfSlice + thread / Tile::kRows * chunks_of_term(grid);
+    }
+  }
 
-  // Starts the copies of a slice, and loads its scales into registers; commits a group. A slice
-  // that does not exist becomes an empty group.
-  __device__ __forceinline__ void start(int slice, int slices_end, int stage) {
-    pending_ = slice < slices_end;
+  // Starts the copies of the next slice, and loads its scales into registers; commits a group, an
+  // empty one if there is no such slice.
+  __device__ __forceinline__ void start(int stage) {
+    pending_ = slices_left_ > 0;
     if (pending_) {
       unsigned char* target = stages_ + stage * Tile::kStageBytes;
-      if constexpr (kInt4) {
-        copy_packed(slice, target);
-        load_terms(slice);
-      } else {
-        copy_rows<Tile::kRows, Tile::kValueRowBytes>(
-            static_cast<const unsigned char*>(product_.values), grid_.value_bytes, n0_, grid_.n,
-            slice, target);
-      }
-      copy_metadata(slice, target + Tile::kMetaOffset);
-      copy_rows<Tile::kTokens, Tile::kTokenRowBytes>(static_cast<const unsigned char*>(product_.x),
-                                                     grid_.token_bytes, m0_, grid_.m, slice,
-                                                     target + Tile::kTokenOffset);
+      values_.template copy<kAligned>(target);
+      copy_metadata(target + Tile::kMetaOffset);
+      tokens_.template copy<kAligned>(target + Tile::kTokenOffset);
+      if constexpr (kInt4) load_terms();
+      --slices_left_;
     }
     ptx::cp_async_commit();
   }
@@ -103,104 +171,65 @@ class Sparse24SliceLoader {
 
  private:
   static constexpr bool kInt4 = Tile::kKind == Sparse24Kind::kInt4;
+  static constexpr int kMetaChunks = Tile::kMetaRowBytes / 16;
+  static constexpr int kMetaCopies =
+      (Tile::kRows * kMetaChunks + Tile::kThreads - 1) / Tile::kThreads;
+  static constexpr int kChunksOfSlice = Tile::kSliceK / kSparse24ChunkK;
   static constexpr int kTermsOfThread =
       kInt4 ? (Tile::kTerms + Tile::kThreads - 1) / Tile::kThreads : 1;
+  static_assert(Tile::kThreads % kMetaChunks == 0);
+  static_assert(!kInt4 || Tile::kThreads % Tile::kRows == 0);
 
-  // 16 bytes, of which `valid` exist (16 or more, or none, if kAligned).
-  static __device__ __forceinline__ void copy_16(unsigned char* to, const unsigned char* source,
-                                                 int valid) {
-    if constexpr (kAligned) {
-      ptx::cp_async_16(to, source, valid > 0);
-    } else {
-      *reinterpret_cast<uint4*>(to) = load_unaligned_16(source, valid);
-    }
+  static __device__ __forceinline__ int chunks_of_term(const Sparse24Grid& grid) {
+    return Tile::kWarpK / kSparse24ChunkK >> grid.terms_shift;
   }
 
-  // A slice of kRows rows, kRowBytes of each, swizzled.
-  template <int kRows, int kRowBytes>
-  static __device__ __forceinline__ void copy_rows(const unsigned char* matrix, int row_bytes,
-                                                   int first_row, int rows, int slice,
-                                                   unsigned char* target) {
-    constexpr int kChunks = kRowBytes / 16;
-    constexpr int kStep = Tile::kThreads / kChunks;
-    static_assert(Tile::kThreads % kChunks == 0 && kRows % kStep == 0);
-    const int row = static_cast<int>(threadIdx.x) / kChunks;
-    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-    const int at = slice * kRowBytes + chunk * 16;
-    const int rows_left = rows - first_row - row;
-    const unsigned char* source = matrix + static_cast<int64_t>(first_row + row) * row_bytes + at;
+  // What does not exist is the last row's metadata, and the last word once more.
+  __device__ __forceinline__ void copy_metadata(unsigned char* target) {
+    const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i) {
-      const int place = sparse24_chunk_place(row + i * kStep, chunk);
-      copy_16(target + (row + i * kStep) * kRowBytes + place * 16, source,
-              i * kStep < rows_left ? row_bytes - at : 0);
-      source += static_cast<int64_t>(kStep) * row_bytes;
-    }
-  }
-
-  // Packed int4 values, [chunk][row]; neighbouring threads take the chunks of a row.
-  __device__ __forceinline__ void copy_packed(int slice, unsigned char* target) const {
-    constexpr int kChunks = Tile::kValueRowBytes / 16;
-#pragma unroll
-    for (int first = 0; first < Tile::kRows * kChunks; first += Tile::kThreads) {
-      const int i = first + static_cast<int>(threadIdx.x);
-      if (first + Tile::kThreads > Tile::kRows * kChunks && i >= Tile::kRows * kChunks) break;
-      const int row = i / kChunks, chunk = i % kChunks;
-      const int at = slice * Tile::kValueRowBytes + chunk * 16;
-      copy_16(target + (chunk * Tile::kRows + row) * 16,
-              static_cast<const unsigned char*>(product_.values) +
-                  static_cast<int64_t>(n0_ + row) * grid_.value_bytes + at,
-              n0_ + row < grid_.n ? grid_.value_bytes - at : 0);
-    }
-  }
-
-  // Metadata, [chunk][row]. What does not exist is the last row's, and the last word once more.
-  __device__ __forceinline__ void copy_metadata(int slice, unsigned char* target) const {
-    constexpr int kChunks = Tile::kMetaRowBytes / 16;
-#pragma unroll
-    for (int first = 0; first < Tile::kRows * kChunks; first += Tile::kThreads) {
-      const int i = first + static_cast<int>(threadIdx.x);
-      if (first + Tile::kThreads > Tile::kRows * kChunks && i >= Tile::kRows * kChunks) break;
-      const int row = i / kChunks, chunk = i % kChunks;
-      const int at = slice * Tile::kMetaRowBytes + chunk * 16;
-      const unsigned char* source =
-          product_.meta + static_cast<int64_t>(min(n0_ + row, grid_.n - 1)) * grid_.meta_bytes;
-      unsigned char* to = target + (chunk * Tile::kRows + row) * 16;
+    for (int i = 0; i < kMetaCopies; ++i) {
+      const int row = thread / kMetaChunks + i * (Tile::kThreads / kMetaChunks);
+      if (Tile::kRows * kMetaChunks % Tile::kThreads != 0 && row >= Tile::kRows) break;
+      unsigned char* to = target + (thread % kMetaChunks * Tile::kRows + row) * 16;
       if (grid_.meta_aligned) {
-        ptx::cp_async_16(to, source + min(at, grid_.meta_bytes - 16), true);
+        ptx::cp_async_16(to, meta_rows_[i] + min(meta_at_, grid_.meta_bytes - 16), true);
       } else {
 #pragma unroll
         for (int word = 0; word < 16; word += 4) {
-          ptx::cp_async_4(to + word, source + min(at + word, grid_.meta_bytes - 4), true);
+          ptx::cp_async_4(to + word, meta_rows_[i] + min(meta_at_ + word, grid_.meta_bytes - 4),
+                          true);
         }
       }
     }
+    meta_at_ += Tile::kMetaRowBytes;
   }
 
   // Term [part of K][row]: 8 rows that a warp reads at once are neighbours.
-  __device__ __forceinline__ void load_terms(int slice) {
+  __device__ __forceinline__ void load_terms() {
     switch (product_.kept.scale_dtype) {
       case DType::kFloat16:
-        return load_terms_of<__half>(slice);
+        load_terms_of<__half>();
+        break;
       case DType::kBFloat16:
-        return load_terms_of<__nv_bfloat16>(slice);
+        load_terms_of<__nv_bfloat16>();
+        break;
       default:
-        return load_terms_of<float>(slice);
+        load_terms_of<float>();
     }
+    chunk_ += kChunksOfSlice;
   }
 
   template <class Scale>
-  __device__ __forceinline__ void load_terms_of(int slice) {
+  __device__ __forceinline__ void load_terms_of() {
     const IntnWeight& kept = product_.kept;
     const bool has_zeros = kept.zero_kind == ZeroKind::kInteger;
 #pragma unroll
     for (int i = 0; i < kTermsOfThread; ++i) {
       const int term = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
       if (term >= grid_.terms_of_slice) break;
-      const int64_t n = min(n0_ + term % Tile::kRows, grid_.n - 1);
-      const int chunk = slice * (Tile::kSliceK / kSparse24ChunkK) +
-                        term / Tile::kRows * (Tile::kWarpK / kSparse24ChunkK >> grid_.terms_shift);
-      const int64_t at = n * grid_.groups + min(grid_.group_of(chunk), grid_.groups - 1);
+      const int chunk = chunk_ + i * (Tile::kThreads / Tile::kRows) * chunks_of_term(grid_);
+      const int64_t at = first_term_ + min(grid_.group_of(chunk), grid_.groups - 1);
       scales_[i] = to_float(static_cast<const Scale*>(kept.scales)[at]);
       zeros_[i] =
           has_zeros ? static_cast<const uint8_t*>(kept.zeros)[at] : uint8_t{IntnLayout<4>::kMiddle};
@@ -210,8 +239,14 @@ class Sparse24SliceLoader {
   const Sparse24Product& product_;
   const Sparse24Grid& grid_;
   unsigned char* stages_;
-  int m0_, n0_;
+  int slices_left_;
+  Sparse24Rows<Tile::kRows, Tile::kValueRowBytes, Tile::kThreads, !kInt4> values_;
+  Sparse24Rows<Tile::kTokens, Tile::kTokenRowBytes, Tile::kThreads, true> tokens_;
+  int meta_at_;
+  const unsigned char* meta_rows_[kMetaCopies];
   bool pending_ = false;
+  int64_t first_term_ = 0;  // of the thread's row
+  int chunk_ = 0;           // of kSparse24ChunkK columns, of the thread's first term
   float scales_[kTermsOfThread];
   uint8_t zeros_[kTermsOfThread];
 };

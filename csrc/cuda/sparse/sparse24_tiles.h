@@ -87,9 +87,9 @@ struct Sparse24Tile {
 };
 
 // Values of 16 and of 8 bits. Up to 64 tokens the time is that of reading the weights, 18.6 bytes a
-// clock and SM of an H200; with two row tiles a warp, fragments take 40 % (8 tokens) to 65 % (64
-// tokens) of what shared memory gives in that time. Two warps along K make a slice of 256 bytes of
-// each row.
+// clock and SM of an H200; with two row tiles a warp, fragments and copies take 40 % (8 tokens) to
+// 95 % (64 tokens) of what shared memory gives in that time. Two warps along K make a slice of 256
+// bytes of each row.
 //
 // 90 KB. Weights under way on an SM: 2 blocks · 3 stages · 18 KB; Little's law asks for 26 KB.
 template <Sparse24Kind kKind>
@@ -103,14 +103,14 @@ using Sparse24Tile64 = Sparse24Tile<kKind, 128, 64, 4, 1, 1, 2, 2>;
 // warps of 64 rows × 64 tokens take 48 clocks of shared memory for 32 mma.sp, 64 × 32 take 64. At
 // twice the rate that mma.sync reaches on a Hopper, 62 % of its tensor cores', 32 mma.sp take 52.
 //
-// 154 KB, which an A100 has.
+// 154 KB, which an A100 has, too.
 template <Sparse24Kind kKind>
 using Sparse24Tile128 = Sparse24Tile<kKind, 128, 128, 2, 4, 1, 3, 1>;
-// 209 KB, a Hopper's.
+// 139 KB. Two stages will do: a slice keeps a Hopper's tensor cores busy for 1650 clocks.
 template <Sparse24Kind kKind>
-using Sparse24Tile256 = Sparse24Tile<kKind, 256, 128, 4, 2, 1, 3, 1>;
+using Sparse24Tile256 = Sparse24Tile<kKind, 256, 128, 4, 2, 1, 2, 1>;
 
-// int4. Widening takes the issue slots: no two warps widen the same weights where tokens are few.
+// int4. Widening takes the issue slots: no two warps widen the same weights up to 32 tokens.
 using Sparse24Int4Tile8 = Sparse24Tile<Sparse24Kind::kInt4, 64, 8, 2, 1, 4, 3, 2>;       // 68 KB
 using Sparse24Int4Tile16 = Sparse24Tile<Sparse24Kind::kInt4, 64, 16, 2, 1, 4, 3, 2>;     // 93 KB
 using Sparse24Int4Tile32 = Sparse24Tile<Sparse24Kind::kInt4, 64, 32, 2, 1, 4, 3, 1>;     // 143 KB

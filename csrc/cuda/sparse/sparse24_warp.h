@@ -34,7 +34,7 @@ class Sparse24Warp {
     for (int slice = begin; slice < end; ++slice) {
       const bool more = slice + 1 < end;
       // The stage before this one is free: all warps have passed the barrier after reading it.
-      loader.start(slice + Tile::kStages - 1, end, stage == 0 ? Tile::kStages - 1 : stage - 1);
+      loader.start(stage == 0 ? Tile::kStages - 1 : stage - 1);
 #pragma unroll
       for (int step = 0; step < kSparse24Steps; ++step) {
         const bool last_step = step == kSparse24Steps - 1;
