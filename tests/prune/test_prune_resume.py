@@ -16,7 +16,7 @@ RECIPES = [
     pumice.Wanda(0.6),
     pumice.SparseGPT(0.6),
     pumice.SparseGPT(pattern="2:4"),
-    pumice.SparseGPT(pattern="2:4", bits=4, group_size=16, symmetric=False),
+    pumice.SparseGPT(pattern="2:4", bits=4, group_size=32, symmetric=False),
 ]
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
+from pumice.nn import Sparse24Linear
 from pumice.nn._linear import finite_weight
 from pumice.prune._layers import dense_layer
 from pumice.prune.pattern import Amount, NofM, Ratio, check_columns, check_ratio, ratio_of
@@ -30,8 +31,9 @@ class PruningRecipe(Recipe):
             "*": 0.5}``.
         pattern: "n:m" instead: of every m neighbouring inputs n are *kept*. The inputs of each
             layer must be a multiple of m.
-        store: how a weight that is 2:4 is kept: "sparse" as a :class:`pumice.nn.Sparse24Linear`,
-            "dense" as a linear layer with zeros in it, as every other pattern is.
+        store: how a weight that is 2:4 (or 1:4) is kept: "sparse" as a
+            :class:`pumice.nn.Sparse24Linear`, "dense" as a linear layer with zeros in it, as every
+            other pattern is.
     """
 
     prunes: ClassVar[bool] = True
@@ -77,9 +79,16 @@ class PruningRecipe(Recipe):
         """The weight to be pruned, fp32; ValueError if it is not finite."""
         return finite_weight(linear, type(self).__name__)
 
+    @property
+    def stores_2_of_4(self) -> bool:
+        """Whether layers store two of every four weights: all patterns that 2:4 includes do."""
+        fits = self.structure is not None and self.structure.of == 4 and self.structure.kept <= 2
+        return fits and self.store == "sparse"
+
     def layer(self, linear: nn.Linear, weight: Tensor) -> nn.Module:
         """What stands for ``linear`` with its pruned weight [N, K]."""
-        return dense_layer(linear, weight)
+        dense = dense_layer(linear, weight)
+        return Sparse24Linear.from_linear(dense) if self.stores_2_of_4 else dense
 
 
 def check_compare(compare: object, who: str) -> None:

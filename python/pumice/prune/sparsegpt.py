@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.calibration import Block, Hessian, Stage
-from pumice.nn import Int4Linear
+from pumice.nn import Int4Linear, Sparse24Linear
 from pumice.prune.pattern import Amount
 from pumice.prune.recipe import PruningRecipe
 from pumice.prune.sparsegpt_solver import Part, Solution, solve
@@ -47,7 +47,7 @@ class SparseGPT(PruningRecipe, CalibratedRecipe):
         block_size: columns whose mask is chosen at once.
         bits: 2, 3, 4 or 8, or None to leave the weights floating.
         group_size: with ``bits``, columns that share a scale: a multiple of 16 and of the pattern's
-            m, or -1 for the whole row.
+            m (stored as 2:4: of 32), or -1 for the whole row.
         symmetric: with ``bits``, no zero points.
         mse: with ``bits``, search each grid's range instead of taking the full one.
     """
@@ -77,6 +77,11 @@ class SparseGPT(PruningRecipe, CalibratedRecipe):
         if self.bits is None:
             return
         check_grid(who, self.bits, self.group_size)
+        if self.stores_2_of_4 and self.group_size != -1 and self.group_size % 32:
+            raise ValueError(
+                f"{who}: group_size must be a multiple of 32 where two of every four weights are "
+                f"stored, not {self.group_size}; or pass store='dense'"
+            )
         structure = self.structure
         if structure is not None and self.group_size != -1 and self.group_size % structure.of:
             raise ValueError(
@@ -120,13 +125,15 @@ class SparseGPT(PruningRecipe, CalibratedRecipe):
         found = solution.integers
         if grid is None or found is None:
             return self.layer(linear, solution.weight)
+        scales = found.scale.to(grid.scale_dtype)
+        zeros = None if self.symmetric else found.zero.to(torch.uint8)
+        size = self.group_size
+        if self.stores_2_of_4:
+            return Sparse24Linear.from_quantized(
+                linear, found.q, scales, zeros, solution.kept, bits=grid.bits, group_size=size
+            )
         return Int4Linear.from_quantized(
-            linear,
-            found.q,
-            found.scale.to(grid.scale_dtype),
-            None if self.symmetric else found.zero.to(torch.uint8),
-            bits=grid.bits,
-            group_size=self.group_size,
+            linear, found.q, scales, zeros, bits=grid.bits, group_size=size
         )
 
 

@@ -92,7 +92,7 @@ def test_the_unchanged_example_is_read(name):
         ({**AWQ, "bits": 8}, r"AWQ with 8 bits is not read"),
         ({**AWQ, "version": "gemv_fast"}, r"AWQ's version 'gemv_fast' is not read, only 'gemm'"),
         ({"quant_method": "compressed-tensors"}, r"lacks its config_groups"),
-        (packed_config(sparsity_config={"format": "sparse-24-bitmask"}), r"sparsity_config"),
+        (packed_config(sparsity_config={"format": "sparse-bitmask"}), r"sparsity_config"),
         (packed_config(kv_cache_scheme={"num_bits": 8}), r"kv_cache_scheme is not read"),
         (packed_config(transform_config={"config_groups": {}}), r"transform_config is not read"),
         (packed_config(format="nvfp4-pack-quantized"), r"group_0 has format 'nvfp4-pack-quant"),

@@ -12,7 +12,11 @@ awq (GEMM order)    Int4Linear, 4 bits                          :mod:`.awq`
 compressed-tensors  pack-quantized: Int4Linear, 2/3/4/8 bits    :mod:`.compressed_tensors`
                     int-quantized: Int8Linear, or Int4Linear    :mod:`.schemes`
                     of 8 bits where activations are not int8
+                    sparse-24-bitmask: Sparse24Linear           :mod:`.sparse24_bitmask`
 ==================  ==========================================  ================================
+
+2:4 weights in torch's own tensors (``torch.sparse.to_sparse_semi_structured``) are converted by
+:mod:`.semi_structured`.
 
 Each format is one module: ``read`` and ``write`` between the tensors of a layer and
 :class:`~._packed.PackedWeight`, and a Reader and a Writer that know the configuration.

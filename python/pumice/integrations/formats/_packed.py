@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pumice.nn import Int4Linear
-from pumice.ops import int4_dequantize, int4_pack, int4_unpack
+from pumice.nn import Int4Linear, Sparse24Linear
+from pumice.ops import int4_dequantize, int4_pack, int4_unpack, sparse24_decompress
 
 
 def words(count: int, bits: int) -> int:
@@ -118,6 +118,23 @@ class PackedWeight:
         layer.perm = None if perm is None else perm.to(torch.int32)
         layer.bias = linear.bias
         return layer.train(linear.training)
+
+    @classmethod
+    def from_sparse(cls, layer: Sparse24Linear) -> PackedWeight:
+        """The weight of a 2:4 layer of integers, with zero points where nothing is kept.
+
+        Raises:
+            ValueError: fractional zero points, for which no integer means a weight of zero.
+        """
+        k, size = layer.in_features, layer.group_size
+        kept = int4_unpack(layer.qvalues, k // 2, layer.bits)
+        # int8 is what is decompressed; codes of 8 bits wrap around and back.
+        q = sparse24_decompress(kept.view(torch.int8), layer.meta).view(torch.uint8)
+        there = sparse24_decompress(torch.ones_like(kept, dtype=torch.int8), layer.meta) != 0
+        dense = cls(layer.qvalues, layer.scales, layer.zeros, None, k, layer.bits, size)
+        gone = dense.full_zeros()[:, sequential_groups(k, size, q.device).long()]
+        packed = int4_pack(torch.where(there, q, gone), layer.bits)
+        return cls(packed, layer.scales, layer.zeros, None, k, layer.bits, size)
 
     @classmethod
     def from_layer(cls, layer: Int4Linear) -> PackedWeight:

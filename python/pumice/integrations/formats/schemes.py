@@ -13,8 +13,13 @@
     ignore: ["lm_head"]
 
 Layers whose activations are int8 become :class:`pumice.nn.Int8Linear`; with weights alone
-quantized, :class:`pumice.nn.Int4Linear`, also those of 8 bits. Refused, by name: floating types
-(fp8, fp4), activations of a packed layer, sparsity, rotations and a quantized cache.
+quantized, :class:`pumice.nn.Int4Linear`, also those of 8 bits. Layers of floating 2:4 weights are
+listed apart, and become :class:`pumice.nn.Sparse24Linear`::
+
+    sparsity_config: {format: "sparse-24-bitmask", sparsity_structure: "2:4", targets, ignore}
+
+Refused, by name: floating types (fp8, fp4), activations of a packed layer, other sparsity and 2:4
+weights that are quantized, too, rotations and a quantized cache.
 """
 
 from __future__ import annotations
@@ -29,10 +34,17 @@ import torch
 from torch import Tensor, nn
 
 from pumice.integrations.formats import compressed_tensors as ct
+from pumice.integrations.formats import sparse24_bitmask
 from pumice.integrations.formats._config import config_bits, config_group_size
 from pumice.integrations.formats._packed import PackedWeight
-from pumice.nn import CompressedLinear, Int4Linear, Int8Linear, Int8MixedLinear
-from pumice.ops import int4_pack
+from pumice.nn import (
+    CompressedLinear,
+    Int4Linear,
+    Int8Linear,
+    Int8MixedLinear,
+    Sparse24Linear,
+)
+from pumice.ops import int4_pack, sparse24_decompress
 
 QUANT_METHOD = "compressed-tensors"
 PACKED, INT8, NAIVE, MIXED = "pack-quantized", "int-quantized", "naive-quantized", "mixed-precision"
@@ -66,16 +78,17 @@ class Scheme:
 class Reader:
     """Layers of a compressed-tensors checkpoint, as its ``quantization_config`` describes them."""
 
-    markers: tuple[str, ...] = ("weight_scale",)
+    markers: tuple[str, ...] = ("weight_scale", "compressed")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        if _is_sparse(config.get("sparsity_config")):
-            raise ValueError("compressed-tensors with a sparsity_config is not read")
+        self._sparse = _is_sparse24(config.get("sparsity_config"))
         for entry in ("kv_cache_scheme", "transform_config"):
             if config.get(entry):
                 raise ValueError(f"compressed-tensors with a {entry} is not read")
         stored = config.get("config_groups")
-        if not isinstance(stored, Mapping) or not stored:
+        if not stored and self._sparse:
+            stored = {}
+        elif not isinstance(stored, Mapping) or not stored:
             raise ValueError("quantization_config: compressed-tensors lacks its config_groups")
         self._schemes = [
             _scheme(group, entry, config.get("format")) for group, entry in stored.items()
@@ -84,6 +97,8 @@ class Reader:
     def make_layer(
         self, name: str, linear: nn.Linear, tensors: Mapping[str, Tensor]
     ) -> CompressedLinear:
+        if "compressed" in tensors:
+            return self._sparse_layer(name, linear, tensors)
         scheme = self._scheme_of(name)
         if scheme.packed:
             weight = ct.read_packed(
@@ -110,6 +125,30 @@ class Reader:
             tensors, linear, dynamic=scheme.dynamic, per_token=per_token, layer=name
         )
 
+    def _sparse_layer(
+        self, name: str, linear: nn.Linear, tensors: Mapping[str, Tensor]
+    ) -> Sparse24Linear:
+        if not self._sparse:
+            raise ValueError(
+                f"'{name}.compressed' is there, but the configuration has no sparsity_config of "
+                f"format {sparse24_bitmask.FORMAT!r}"
+            )
+        if "weight_scale" in tensors:
+            raise ValueError(f"{name!r} is 2:4 and quantized at once, which is not read")
+        values, meta = sparse24_bitmask.read(
+            tensors, n=linear.out_features, k=linear.in_features, layer=name
+        )
+        layer = Sparse24Linear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            value_dtype=str(values.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            device="meta",
+            dtype=linear.weight.dtype if linear.bias is None else linear.bias.dtype,
+        )
+        layer.values, layer.meta, layer.bias = values, meta, linear.bias
+        return layer.train(linear.training)
+
     def _scheme_of(self, name: str) -> Scheme:
         ranked = [(scheme.rank(name), scheme) for scheme in self._schemes]
         fitting = [(rank, index) for index, (rank, _) in enumerate(ranked) if rank is not None]
@@ -123,7 +162,9 @@ class Writer:
 
     :class:`~pumice.nn.Int8MixedLinear` (LLM.int8()) is written as 8-bit weights alone: the bytes of
     the weight are kept, and no other library would know its threshold. It comes back as an
-    :class:`~pumice.nn.Int4Linear` of 8 bits.
+    :class:`~pumice.nn.Int4Linear` of 8 bits. A :class:`~pumice.nn.Sparse24Linear` of integers is
+    written as the dense layer of the same weights, with zero points (or zeros) where nothing is
+    kept, for the format has one or the other; so it comes back dense.
     """
 
     def write_layer(self, name: str, layer: CompressedLinear) -> dict[str, Tensor]:
@@ -133,26 +174,64 @@ class Writer:
             return ct.write_packed(PackedWeight.from_layer(layer))
         if isinstance(layer, Int8MixedLinear):
             return ct.write_packed(_as_packed(layer))
+        if isinstance(layer, Sparse24Linear):
+            return _sparse_tensors(layer)
         raise ValueError(f"compressed-tensors has no place for a {type(layer).__name__}")
 
     def describe(self, layers: Mapping[str, CompressedLinear], left: list[str]) -> dict[str, Any]:
         """The ``quantization_config``; ``left`` are the linear layers that are not compressed."""
+        sparse = [name for name, layer in layers.items() if _is_float24(layer)]
         by_scheme: dict[str, list[str]] = {}
         for name, layer in layers.items():
+            if name in sparse:
+                continue
             by_scheme.setdefault(json.dumps(_describe(layer)), []).append(name)
-        single = len(by_scheme) == 1
+        described: dict[str, Any] = {"quant_method": QUANT_METHOD}
+        if sparse:
+            others = [name for name in layers if name not in sparse]
+            described["sparsity_config"] = _describe_sparse(sparse, others, left)
+        if not by_scheme:
+            return described
+        single = len(by_scheme) == 1 and not sparse
         config_groups = {
             f"group_{index}": {"targets": ["Linear"] if single else names, **json.loads(scheme)}
             for index, (scheme, names) in enumerate(by_scheme.items())
         }
         formats = {group["format"] for group in config_groups.values()}
         return {
-            "quant_method": QUANT_METHOD,
+            **described,
             "format": formats.pop() if len(formats) == 1 else MIXED,
             "quantization_status": "compressed",
             "config_groups": config_groups,
             "ignore": left,
         }
+
+
+def _is_float24(layer: CompressedLinear) -> bool:
+    return isinstance(layer, Sparse24Linear) and layer.weights == "float"
+
+
+def _sparse_tensors(layer: Sparse24Linear) -> dict[str, Tensor]:
+    if layer.weights == "float":
+        return sparse24_bitmask.write(layer.values, layer.meta)
+    if layer.weights == "int4":
+        return ct.write_packed(PackedWeight.from_sparse(layer))
+    return {
+        "weight": sparse24_decompress(layer.values, layer.meta),
+        "weight_scale": layer.weight_scale.unsqueeze(1),
+    }
+
+
+def _describe_sparse(sparse: list[str], others: list[str], left: list[str]) -> dict[str, Any]:
+    """The ``sparsity_config``, its layers by class where they are all that is compressed."""
+    return {
+        "format": sparse24_bitmask.FORMAT,
+        "targets": sparse if others else ["Linear"],
+        "ignore": left,
+        "sparsity_structure": "2:4",
+        "global_sparsity": 0.5,
+        "registry_requires_subclass": False,
+    }
 
 
 def _scheme(group: str, entry: Any, default_format: Any) -> Scheme:
@@ -230,10 +309,18 @@ def _describe(layer: CompressedLinear) -> dict[str, Any]:
                 "dynamic": not layer.static_activations,
             },
         }
+    if isinstance(layer, Sparse24Linear) and layer.weights == "int8":
+        return {
+            "format": INT8,
+            "weights": _numbers(8, "channel"),
+            "input_activations": {**_numbers(8, "token"), "dynamic": True},
+        }
     bits, size, symmetric, permuted = 8, -1, True, False
     if isinstance(layer, Int4Linear):
         bits, size = layer.bits, layer.group_size
         symmetric, permuted = layer.zeros is None, layer.perm is not None
+    elif isinstance(layer, Sparse24Linear):
+        bits, size, symmetric = layer.bits, layer.group_size, layer.zeros is None
     weights = _numbers(bits, "channel" if size == -1 else "group", symmetric=symmetric)
     if size != -1:
         weights["group_size"] = size
@@ -258,8 +345,21 @@ def _as_packed(layer: Int8MixedLinear) -> PackedWeight:
     return PackedWeight(int4_pack(q, 8), scales, None, None, layer.in_features, 8, -1)
 
 
-def _is_sparse(config: Any) -> bool:
+def _is_sparse24(config: Any) -> bool:
+    """Whether there are 2:4 layers; ValueError for sparsity of another kind."""
     if not config:
         return False
-    structure = config.get("format", "dense") if isinstance(config, Mapping) else config
-    return structure not in ("dense", None)
+    stored = config.get("format", "dense") if isinstance(config, Mapping) else config
+    if stored in ("dense", None):
+        return False
+    if stored != sparse24_bitmask.FORMAT or not isinstance(config, Mapping):
+        raise ValueError(
+            f"compressed-tensors with a sparsity_config of format {stored!r} is not read, only "
+            f"{sparse24_bitmask.FORMAT!r}"
+        )
+    structure = config.get("sparsity_structure", "2:4")
+    if structure != "2:4":
+        raise ValueError(
+            f"quantization_config: sparsity_structure {structure!r} is not read, only '2:4'"
+        )
+    return True
