@@ -47,17 +47,35 @@ def check_tensor(
         raise ValueError(f"{_NAME}: {name} must have shape {list(shape)}, not {list(value.shape)}")
 
 
-def check_meta(meta: Tensor, k: int) -> None:
+def check_metadata(metadata: Tensor, k: int) -> None:
     """Sparse tensor cores take two places that ascend; anything else is undefined."""
-    places = torch.stack([meta >> 2 * i & 3 for i in range(4)], dim=-1).view(len(meta), -1, 2)
+    places = torch.stack([metadata >> 2 * i & 3 for i in range(4)], dim=-1).view(
+        len(metadata), -1, 2
+    )
     wrong = (places[..., 0] >= places[..., 1]).nonzero()
     if len(wrong):
         row, group = wrong[0].tolist()
         where = f"columns {4 * group} to {4 * group + 3}" if 4 * group < k else "beyond K"
         raise ValueError(
-            f"{_NAME}: meta, row {row}, group {group} ({where}) holds the places "
+            f"{_NAME}: metadata, row {row}, group {group} ({where}) holds the places "
             f"{places[row, group].tolist()}; two that ascend are wanted"
         )
+
+
+def check_zeros(zeros: Tensor, bits: int) -> None:
+    """Integer zero points fit into the bits of the weight; they are values of q."""
+    if zeros.dtype == torch.uint8 and bits < 8 and bool((zeros >= 2**bits).any()):
+        raise ValueError(
+            f"{_NAME}: zeros hold {int(zeros.max())}, but {2**bits - 1} is the largest of {bits} "
+            "bits"
+        )
+
+
+def float_type_of(name: str, tensor: Tensor) -> FloatType:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in get_args(FloatType):
+        raise TypeError(f"{_NAME}: {name} must be float32, float16 or bfloat16, not {dtype}")
+    return dtype  # type: ignore[return-value]
 
 
 def check_kept(mask: Tensor, *, exactly_two: bool) -> None:

@@ -8,15 +8,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pumice.nn._int4_checks import FloatType, Zeros, check_zeros, float_type_of, zeros_kind_of
+from pumice.nn._int4_checks import FloatType, Zeros, zeros_kind_of
 from pumice.nn._linear import CompressedLinear, check_finite_scale, check_linear
 from pumice.nn._sparse24_checks import (
     check_columns,
     check_kept,
-    check_meta,
+    check_metadata,
     check_options,
     check_tensor,
+    check_zeros,
     filled_codes,
+    float_type_of,
 )
 from pumice.ops import (
     int4_dequantize,
@@ -47,7 +49,7 @@ class Sparse24Linear(CompressedLinear):
     and the bias, except with int8 weights, whose activations are rounded. To train the kept weights
     under their mask, call :func:`pumice.ops.sparse24_linear` with them as a parameter.
 
-    State dict: ``meta`` uint8 [out_features, ⌈K/32⌉·4] and
+    State dict: ``metadata`` uint8 [out_features, ⌈K/32⌉·4] and
 
     - "float": ``values`` [out_features, K/2] of ``value_dtype``, which is that of the input. Alone
       among compressed weights they are cast with the module (``.half()``, ``.to(torch.bfloat16)``);
@@ -56,7 +58,8 @@ class Sparse24Linear(CompressedLinear):
       :func:`pumice.ops.int4_pack`; ``scales`` [out_features, G], G = ⌈K / group_size⌉; ``zeros`` as
       in :class:`Int4Linear`;
 
-    and ``bias``. The values of ``meta`` and ``zeros`` are checked when the layer is made or loaded.
+    and ``bias``. The values of ``metadata`` and ``zeros`` are checked when the layer is made or
+    loaded.
 
     Args:
         in_features, out_features: K, a multiple of 4, and N.
@@ -75,9 +78,9 @@ class Sparse24Linear(CompressedLinear):
     """
 
     options = ("weights", "value_dtype", "bits", "group_size", "zeros_kind", "scale_dtype")
-    checked = ("meta", "zeros")
+    checked = ("metadata", "zeros")
 
-    meta: Tensor
+    metadata: Tensor
     # None where weights are of another kind.
     values: Tensor
     weight_scale: Tensor
@@ -118,20 +121,28 @@ class Sparse24Linear(CompressedLinear):
         scale = getattr(torch, scale_dtype)
         integers, packed = weights == "int8", weights == "int4"
 
-        def buffer(name: str, there: bool, *shape: int, dtype: torch.dtype) -> None:
-            value = torch.zeros(shape, dtype=dtype, device=device) if there else None
+        shapes: dict[str, tuple[bool, tuple[int, ...], torch.dtype]] = {
+            "values": (
+                not packed,
+                (n, k // 2),
+                torch.int8 if integers else getattr(torch, value_dtype),
+            ),
+            "weight_scale": (integers, (n,), torch.float32),
+            "qvalues": (packed, (n, -(-k // 2 * bits // 32)), torch.int32),
+            "scales": (packed, (n, groups), scale),
+            "zeros": (
+                packed and zeros_kind != "none",
+                (n, groups),
+                torch.uint8 if zeros_kind == "integer" else scale,
+            ),
+        }
+        # Columns 0 and 1 of every group. (An exported module cannot have a buffer "meta".)
+        metadata = torch.full((n, -(-k // 32) * 4), 0x44, dtype=torch.uint8, device=device)
+        self.register_buffer("metadata", metadata)
+        # Absent ones last: torch.export counts them wrongly among the others.
+        for name, (there, shape, buffer_type) in sorted(shapes.items(), key=lambda i: not i[1][0]):
+            value = torch.zeros(shape, dtype=buffer_type, device=device) if there else None
             self.register_buffer(name, value)
-
-        value_type = torch.int8 if integers else getattr(torch, value_dtype)
-        buffer("values", not packed, n, k // 2, dtype=value_type)
-        buffer("weight_scale", integers, n, dtype=torch.float32)
-        buffer("qvalues", packed, n, -(-k // 2 * bits // 32), dtype=torch.int32)
-        buffer("scales", packed, n, groups, dtype=scale)
-        zeros_dtype = torch.uint8 if zeros_kind == "integer" else scale
-        buffer("zeros", packed and zeros_kind != "none", n, groups, dtype=zeros_dtype)
-        # Columns 0 and 1 of every group.
-        meta = torch.full((n, -(-k // 32) * 4), 0x44, dtype=torch.uint8, device=device)
-        self.register_buffer("meta", meta)
 
     @property
     def value_dtype(self) -> str:
@@ -176,7 +187,7 @@ class Sparse24Linear(CompressedLinear):
         value_dtype = float_type_of("weight", weight)
         layer = cls._shaped_as(linear, weights="float", value_dtype=value_dtype)
         check_tensor("weight", weight, (linear.out_features, linear.in_features), (weight.dtype,))
-        layer.values, layer.meta = sparse24_compress(weight.detach())
+        layer.values, layer.metadata = sparse24_compress(weight.detach())
         return layer
 
     @classmethod
@@ -194,7 +205,7 @@ class Sparse24Linear(CompressedLinear):
         layer = cls._shaped_as(linear, weights="int8")
         check_tensor("q", q, (linear.out_features, linear.in_features), (torch.int8,))
         check_tensor("weight_scale", weight_scale, (linear.out_features,), (torch.float32,))
-        layer.values, layer.meta = sparse24_compress(q)
+        layer.values, layer.metadata = sparse24_compress(q)
         layer.weight_scale = weight_scale.detach().contiguous()
         return layer
 
@@ -246,8 +257,8 @@ class Sparse24Linear(CompressedLinear):
             check_zeros(zeros, bits)
         check_kept(mask, exactly_two=zeros is not None and zeros.is_floating_point())
         codes = filled_codes(q, mask, zeros, bits, group_size)
-        _, layer.meta = sparse24_compress(mask.to(torch.int8))
-        kept = sparse24_gather(codes.view(torch.int8), layer.meta)
+        _, layer.metadata = sparse24_compress(mask.to(torch.int8))
+        kept = sparse24_gather(codes.view(torch.int8), layer.metadata)
         layer.qvalues = int4_pack(kept.view(torch.uint8), bits)
         return layer
 
@@ -275,22 +286,22 @@ class Sparse24Linear(CompressedLinear):
         return self.get_buffer("qvalues" if self.weights == "int4" else "values")
 
     def check_values(self, tensors: Mapping[str, Tensor | None]) -> None:
-        meta, zeros = (tensors.get(name) for name in self.checked)
-        if meta is not None and not meta.is_meta:
-            check_meta(meta, self.in_features)
+        metadata, zeros = (tensors.get(name) for name in self.checked)
+        if metadata is not None and not metadata.is_meta:
+            check_metadata(metadata, self.in_features)
         if zeros is not None and not zeros.is_meta:
             check_zeros(zeros, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weights == "float":
-            return sparse24_linear(x, self.values, self.meta, self.bias)
+            return sparse24_linear(x, self.values, self.metadata, self.bias)
         if self.weights == "int8":
             q, scale, _ = int8_quantize(x)
             return sparse24_int8_linear(
                 q,
                 scale,
                 self.values,
-                self.meta,
+                self.metadata,
                 self.weight_scale,
                 self.bias,
                 out_dtype=x.dtype,
@@ -298,7 +309,7 @@ class Sparse24Linear(CompressedLinear):
         return sparse24_int4_linear(
             x,
             self.qvalues,
-            self.meta,
+            self.metadata,
             self.scales,
             self.zeros,
             self.bias,
@@ -308,9 +319,11 @@ class Sparse24Linear(CompressedLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.weights == "float":
-            return sparse24_decompress(self.values, self.meta).to(dtype)
+            return sparse24_decompress(self.values, self.metadata).to(dtype)
         if self.weights == "int8":
-            weight = sparse24_decompress(self.values, self.meta) * self.weight_scale.unsqueeze(1)
+            weight = sparse24_decompress(self.values, self.metadata) * self.weight_scale.unsqueeze(
+                1
+            )
             return weight.to(dtype)
         kept = int4_dequantize(
             self.qvalues,
@@ -321,7 +334,7 @@ class Sparse24Linear(CompressedLinear):
             bits=self.bits,
             out_dtype=dtype,
         )
-        return sparse24_decompress(kept, self.meta)
+        return sparse24_decompress(kept, self.metadata)
 
     def extra_repr(self) -> str:
         parts = [

@@ -129,8 +129,8 @@ class PackedWeight:
         k, size = layer.in_features, layer.group_size
         kept = int4_unpack(layer.qvalues, k // 2, layer.bits)
         # int8 is what is decompressed; codes of 8 bits wrap around and back.
-        q = sparse24_decompress(kept.view(torch.int8), layer.meta).view(torch.uint8)
-        there = sparse24_decompress(torch.ones_like(kept, dtype=torch.int8), layer.meta) != 0
+        q = sparse24_decompress(kept.view(torch.int8), layer.metadata).view(torch.uint8)
+        there = sparse24_decompress(torch.ones_like(kept, dtype=torch.int8), layer.metadata) != 0
         dense = cls(layer.qvalues, layer.scales, layer.zeros, None, k, layer.bits, size)
         gone = dense.full_zeros()[:, sequential_groups(k, size, q.device).long()]
         packed = int4_pack(torch.where(there, q, gone), layer.bits)

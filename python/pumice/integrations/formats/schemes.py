@@ -146,7 +146,7 @@ class Reader:
             device="meta",
             dtype=linear.weight.dtype if linear.bias is None else linear.bias.dtype,
         )
-        layer.values, layer.meta, layer.bias = values, meta, linear.bias
+        layer.values, layer.metadata, layer.bias = values, meta, linear.bias
         return layer.train(linear.training)
 
     def _scheme_of(self, name: str) -> Scheme:
@@ -213,11 +213,11 @@ def _is_float24(layer: CompressedLinear) -> bool:
 
 def _sparse_tensors(layer: Sparse24Linear) -> dict[str, Tensor]:
     if layer.weights == "float":
-        return sparse24_bitmask.write(layer.values, layer.meta)
+        return sparse24_bitmask.write(layer.values, layer.metadata)
     if layer.weights == "int4":
         return ct.write_packed(PackedWeight.from_sparse(layer))
     return {
-        "weight": sparse24_decompress(layer.values, layer.meta),
+        "weight": sparse24_decompress(layer.values, layer.metadata),
         "weight_scale": layer.weight_scale.unsqueeze(1),
     }
 
