@@ -125,9 +125,6 @@ def pumice_contiguous(inputs: Inputs) -> Contender:
 def pumice_paged(inputs: Inputs) -> Contender:
     from pumice.ops import paged_attention
 
-    if inputs.scale is not None and inputs.queries[0].device.type == "cuda":
-        raise UnavailableError("no CUDA kernel for caches of bytes yet")
-
     def call(i: int) -> object:
         i %= len(inputs.queries)
         return paged_attention(

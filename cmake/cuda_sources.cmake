@@ -29,6 +29,8 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/attention/ops_attention.cu
   csrc/cuda/attention/paged_forward_fp16.cu
   csrc/cuda/attention/paged_forward_bf16.cu
+  csrc/cuda/attention/paged_bytes_fp16.cu
+  csrc/cuda/attention/paged_bytes_bf16.cu
   csrc/cuda/attention/cache_append.cu
   csrc/cuda/attention/cache_copy_blocks.cu
   csrc/cuda/attention/ops_paged.cu

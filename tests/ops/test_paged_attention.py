@@ -23,7 +23,6 @@ from paged_cases import (
     fitted,
     inputs,
     poison,
-    require_cache,
     run,
 )
 
@@ -98,7 +97,6 @@ def test_bits_of_contiguous_attention(backend: Backend, mask: str, dtype: torch.
 @pytest.mark.parametrize("cache_dtype", [None, *BYTES])
 def test_a_row_knows_its_sequence_alone(backend: Backend, cache_dtype: torch.dtype | None) -> None:
     """The same bits alone, in any batch, dense or packed, in any block, and again."""
-    require_cache(backend, cache_dtype)
     for dtype in (torch.bfloat16, torch.float32):
         case = PagedCase(lengths=tuple(LENGTHS["verify"][:2]), heads=4, kv_heads=2, dim=32,
                          value_dim=32, dtype=dtype, cache_dtype=cache_dtype,
@@ -198,17 +196,20 @@ def test_blocks_that_do_not_exist_are_not_touched(backend: Backend, dtype: torch
     assert torch.equal(results[0].nan_to_num(7), results[1].nan_to_num(7))
 
 
-@pytest.mark.parametrize("cache_dtype", BYTES)
-def test_what_cuda_does_not_have_yet(backend: Backend, cache_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cache_dtype", [None, *BYTES])
+def test_what_cuda_does_not_have(backend: Backend, cache_dtype: torch.dtype | None) -> None:
     """Refused, by name: never another path in silence."""
     if backend.name == "cpu":
         pytest.skip("the CPU has it")
-    name = str(cache_dtype).removeprefix("torch.")
-    with pytest.raises(RuntimeError, match=f"no CUDA kernel for {name} caches yet"):
-        run(backend, inputs(PagedCase(cache_dtype=cache_dtype)))
-    for changed in ({"dim": 12}, {"value_dim": 12}):
-        with pytest.raises(RuntimeError, match="_cache must lie on boundaries of 16 bytes on CUDA"):
-            run(backend, inputs(PagedCase(dtype=torch.float16, **changed)))
+    message = "_cache must lie on boundaries of 16 bytes on CUDA .* multiple of "
+    message += "8 " if cache_dtype is None else "16 "
+    dim = 12 if cache_dtype is None else 24
+    for changed in ({"dim": dim}, {"value_dim": dim}):
+        case = PagedCase(dtype=torch.float16, cache_dtype=cache_dtype, **changed)
+        with pytest.raises(RuntimeError, match=message):
+            run(backend, inputs(case))
+    with pytest.raises(RuntimeError, match="head dims on CUDA must be at most 256, not 272"):
+        run(backend, inputs(PagedCase(dim=272, cache_dtype=cache_dtype)))
 
 
 @pytest.mark.parametrize("shape", [(0, 1), (3, 0), (0, 0)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pumice
 from backends import Backend
-from paged_cases import PagedCase, caches, inputs, packed_tree, require_cache
+from paged_cases import PagedCase, caches, inputs, packed_tree
 
 
 def arguments(backend: Backend, **changed: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -41,7 +41,6 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changed", CASES, ids=["plain", "tree", "int8"])
 def test_opcheck_attention(backend: Backend, changed: dict[str, Any]) -> None:
-    require_cache(backend, changed.get("cache_dtype"))
     tensors, options = arguments(backend, **changed)
     tensors[0].requires_grad_()
     # The gradient refuses, which is all there is to check of it.

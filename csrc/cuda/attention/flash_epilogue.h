@@ -93,15 +93,18 @@ __device__ __forceinline__ void store_rows(const FlashForward& call, const Flash
     const int row = place.row(r);
     const FlashRowEnd end = epilogue.end_row(row, mainloop.softmax().reference(r, scale),
                                              mainloop.softmax().sum(r), t == 0);
+    const float factor = end.factor * mainloop.value_scale();
     float* partial = work.parts > 1 ? epilogue.partial(row) : nullptr;
 #pragma unroll
     for (int v = 0; v < Tile::kValueTiles; ++v) {
-      const float x = mainloop.sum(r / 2, v, r % 2 * 2) * end.factor;
-      const float y = mainloop.sum(r / 2, v, r % 2 * 2 + 1) * end.factor;
+      const float2 sums = mainloop.pair(r / 2, v, r % 2);
+      const float x = sums.x * factor, y = sums.y * factor;
+      const int column = mainloop.column(v, t);
       if (work.parts == 1) {
-        *reinterpret_cast<uint32_t*>(shared + Shared::offset(row, v) + t * 4) = pack_pair<T>(x, y);
+        *reinterpret_cast<uint32_t*>(shared + Shared::offset(row, column / 8) + column % 8 * 2) =
+            pack_pair<T>(x, y);
       } else {
-        epilogue.store_partial(partial, v * 8 + t * 2, float2{x, y});
+        epilogue.store_partial(partial, column, float2{x, y});
       }
     }
   }
@@ -155,9 +158,10 @@ __device__ __forceinline__ void merge_and_store_rows(const FlashForward& call,
     const float factor = factor_of(ends[warp_index() * Tile::kRows + row].x, reference_of(row));
 #pragma unroll
     for (int v = 0; v < Tile::kValueTiles; ++v) {
+      const float2 pair = mainloop.pair(0, v, r);
       *reinterpret_cast<float2*>(sums + (warp_index() * Tile::kRows + row) * Tile::kValueDim +
-                                 v * 8 + lane_index() % 4 * 2) = {
-          mainloop.sum(0, v, r * 2) * factor, mainloop.sum(0, v, r * 2 + 1) * factor};
+                                 mainloop.column(v, lane_index() % 4)) = {pair.x * factor,
+                                                                          pair.y * factor};
     }
   }
   __syncthreads();
@@ -178,7 +182,8 @@ __device__ __forceinline__ void merge_and_store_rows(const FlashForward& call,
       values[0] += low.x, values[1] += low.y, values[2] += low.z, values[3] += low.w;
       values[4] += high.x, values[5] += high.y, values[6] += high.z, values[7] += high.w;
     }
-    const float factor = epilogue.end_row(row, reference, sum, chunk == 0).factor;
+    const float factor =
+        epilogue.end_row(row, reference, sum, chunk == 0).factor * mainloop.value_scale();
 #pragma unroll
     for (float& value : values) value *= factor;
     if (work.parts == 1) {

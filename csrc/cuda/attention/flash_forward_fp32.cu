@@ -65,24 +65,30 @@ class Fp32Rows {
     const auto value_dim = static_cast<int>(call_.problem.value_dim);
     const TokenView& view = call_.problem.query;
     const int pack = call_.plan.pack;
-    load(query_, work_.rows, head_dim, [&](int r) {
+    const auto as_it_is = [](const float* row, int column) { return row[column]; };
+    load(query_, work_.rows, head_dim, as_it_is, [&](int r) {
       return static_cast<const float*>(view.data) +
              token_offset(view, work_.sequence.batch, work_.sequence.q_begin, work_.query(r, pack),
                           work_.head(r, pack));
     });
+    const Source& source = block_.source;
     const MaskView& mask = block_.mask;
     int n = mask.next_keys(block_.walk, block_.m0, block_.m1, block_.first);
 #pragma unroll 1
     while (n < block_.end) {
       const int j0 = n * Tile::kKeys, keys = mask.k_len - j0;
       const bool partial = !block_.sees_all(n, Tile::kKeys);
-      load(tile_, keys, head_dim,
-           [&](int r) { return reinterpret_cast<const float*>(block_.source.key(j0 + r)); });
+      load(
+          tile_, keys, head_dim,
+          [&](const unsigned char* row, int column) { return source.key_element(row, column); },
+          [&](int r) { return source.key(j0 + r); });
       __syncthreads();
       weigh(j0, head_dim, partial);
       __syncthreads();
-      load(tile_, keys, value_dim,
-           [&](int r) { return reinterpret_cast<const float*>(block_.source.value(j0 + r)); });
+      load(
+          tile_, keys, value_dim,
+          [&](const unsigned char* row, int column) { return source.value_element(row, column); },
+          [&](int r) { return source.value(j0 + r); });
       __syncthreads();
       add(value_dim, partial);
       __syncthreads();
@@ -133,15 +139,15 @@ class Fp32Rows {
 
  private:
   // Rows that exist (the source of one that does not may be null, too) to shared memory, a warp for
-  // each; the others, and columns up to a multiple of
-  // 4, become zero.
-  template <class RowSource>
-  __device__ static void load(float* tile, int rows, int columns, RowSource&& row_source) {
+  // each; the others, and columns up to a multiple of 4, become zero.
+  template <class Element, class RowSource>
+  __device__ static void load(float* tile, int rows, int columns, Element&& element,
+                              RowSource&& row_source) {
     const int padded = (columns + Tile::kLanesOfRow - 1) / Tile::kLanesOfRow * Tile::kLanesOfRow;
     for (int r = warp_index(); r < 32; r += Tile::kThreads / kWarpSize) {
-      const float* row = r < rows ? row_source(r) : nullptr;
+      const auto* row = r < rows ? row_source(r) : nullptr;
       for (int c = lane_index(); c < padded; c += kWarpSize) {
-        tile[r * Tile::kStride + c] = row != nullptr && c < columns ? row[c] : 0.0f;
+        tile[r * Tile::kStride + c] = row != nullptr && c < columns ? element(row, c) : 0.0f;
       }
     }
   }
@@ -288,7 +294,14 @@ void flash_forward_fp32(const FlashForward& call, int64_t blocks, cudaStream_t s
 }
 
 void paged_forward_fp32(const PagedForward& call, int64_t blocks, cudaStream_t stream) {
-  launch_fp32_of_dims<PagedKeys>(call, blocks, stream);
+  switch (call.cache.type) {
+    case CacheType::kFloat8E4M3:
+      return launch_fp32_of_dims<PagedBytes<CacheType::kFloat8E4M3>>(call, blocks, stream);
+    case CacheType::kInt8:
+      return launch_fp32_of_dims<PagedBytes<CacheType::kInt8>>(call, blocks, stream);
+    default:
+      return launch_fp32_of_dims<PagedKeys>(call, blocks, stream);
+  }
 }
 
 }  // namespace pumice::cuda

@@ -15,9 +15,9 @@
 // multiplied as zero and added only to the rows that see it.
 #pragma once
 
+#include "cuda/attention/cache_tile.h"
 #include "cuda/attention/flash_score.h"
 #include "cuda/attention/flash_source.h"
-#include "cuda/attention/shared_tile.h"
 
 namespace pumice::cuda {
 
@@ -42,7 +42,7 @@ class FlashQuery {
         });
   }
 
-  // Once they have arrived.
+  // Once they have arrived, and stand in the order of the keys' columns.
   __device__ __forceinline__ void load() {
     if constexpr (Tile::kQueryInRegisters) {
       const ThreadPlace<Tile> place;
@@ -118,8 +118,8 @@ struct FlashBlock {
 template <class T, class Tile, class Source>
 class FlashMainloop {
  public:
-  using Keys = SharedTile<Tile::kKeys, Tile::kHeadDim>;
-  using Values = SharedTile<Tile::kKeys, Tile::kValueDim>;
+  using Keys = typename Source::template Tile<T, Tile::kKeys, Tile::kHeadDim>;
+  using Values = typename Source::template Tile<T, Tile::kKeys, Tile::kValueDim>;
   using Softmax = OnlineSoftmax<Tile::kRowTiles, Tile::kKeyTiles>;
   using Scores = float[Tile::kRowTiles][Tile::kKeyTiles][4];
   using Weights = uint32_t[Tile::kRowTiles][Tile::kKeyTiles][2];
@@ -143,6 +143,11 @@ class FlashMainloop {
     }
     ptx::cp_async_wait<Tile::kRing - 2>();
     __syncthreads();
+    if constexpr (Keys::kSeparatesColumns) {
+      separate_columns<typename FlashQuery<T, Tile>::Shared, Tile::kThreads>(
+          shared_, ptx::thread_index_here());
+      __syncthreads();
+    }
     query.load();
 
     // What is known of a block is asked twice, for between its two steps the softmax needs every
@@ -198,12 +203,24 @@ class FlashMainloop {
 
   // The factor from what the softmax works on to base 2.
   __device__ __forceinline__ float softmax_scale() const {
-    const ScoreRule& rule = call_.problem.score;
-    return score_is_scaled_product(rule) ? rule.softmax_scale * kLog2E : 1.0f;
+    const float scale = block_.source.softmax_scale(call_);
+    return score_is_scaled_product(call_.problem.score, scale) ? scale * kLog2E : 1.0f;
   }
+  // What the quotient is to be multiplied by.
+  __device__ __forceinline__ float value_scale() const { return block_.source.value_scale(); }
   __device__ __forceinline__ const Softmax& softmax() const { return softmax_; }
-  __device__ __forceinline__ float sum(int row_tile, int value_tile, int i) const {
-    return sums_[row_tile][value_tile][i];
+
+  // For lane 4g + t, of row g or g + 8 (`half`): sums of two neighbouring columns of the values,
+  // two of them for each v < kValueTiles, and the first one's number.
+  __device__ __forceinline__ float2 pair(int row_tile, int v, int half) const {
+    if constexpr (Values::kSeparatesColumns) {
+      const int i = half * 2 + v % 2;
+      return {sums_[row_tile][v / 2 * 2][i], sums_[row_tile][v / 2 * 2 + 1][i]};
+    }
+    return {sums_[row_tile][v][half * 2], sums_[row_tile][v][half * 2 + 1]};
+  }
+  static __device__ __forceinline__ int column(int v, int t) {
+    return Values::kSeparatesColumns ? v / 2 * 16 + t * 4 + v % 2 * 2 : v * 8 + t * 2;
   }
 
  private:
@@ -249,8 +266,9 @@ class FlashMainloop {
                                              int n, int slot, bool partial) {
     Scores scores;
     multiply_keys(scores, query, slot);
-    if (!score_is_scaled_product(call_.problem.score)) {
-      apply_score_rule<Tile>(scores, call_, work_, first_key(n));
+    const float rule_scale = block_.source.softmax_scale(call_);
+    if (!score_is_scaled_product(call_.problem.score, rule_scale)) {
+      apply_score_rule<Tile>(scores, call_, work_, rule_scale, first_key(n));
     }
     if (partial) {
       hide_scores<Tile>(scores,
@@ -345,8 +363,7 @@ class FlashMainloop {
 #pragma unroll
       for (int v = 0; v < Tile::kValueTiles; ++v) {
         __syncwarp();  // or all loads come first, in registers that there are not
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(
-            values + Values::offset(place.warp_key + key, v) + place.lane % 4 * 4);
+        const uint32_t pair = Values::pair(values, place.warp_key + key, v, place.lane % 4);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t bits = e == 0 ? pair & 0xffffu : pair >> 16;

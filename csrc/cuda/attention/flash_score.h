@@ -15,10 +15,10 @@ __device__ __forceinline__ float tanh_by_exp2(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + ptx::exp2_approx(x * (2.0f * kLog2E)));
 }
 
-// Whether scores are products times softmax_scale; a scale that is not positive would turn the
-// order of the scores around, on which the softmax's maximum rests.
-__device__ __forceinline__ bool score_is_scaled_product(const ScoreRule& rule) {
-  return rule.softcap == 0.0f && rule.alibi_slopes == nullptr && rule.softmax_scale > 0.0f;
+// Whether scores are products times their scale (the rule's, and the keys' own); one that is not
+// positive would turn the order of the scores around, on which the softmax's maximum rests.
+__device__ __forceinline__ bool score_is_scaled_product(const ScoreRule& rule, float scale) {
+  return rule.softcap == 0.0f && rule.alibi_slopes == nullptr && scale > 0.0f;
 }
 
 // Where a thread stands among a tile's rows and keys. Asked for where it is needed: what follows
@@ -41,14 +41,15 @@ struct ThreadPlace {
   __device__ __forceinline__ int column(int n, int e) const { return n * 8 + lane % 4 * 2 + e; }
 };
 
-// Products to scores in base 2: softcap, then ALiBi. j0: the key of the warp's first column.
+// Products to scores in base 2: softmax_scale, softcap, then ALiBi. j0: the key of the warp's first
+// column.
 template <class Tile>
 __device__ __forceinline__ void apply_score_rule(float (&s)[Tile::kRowTiles][Tile::kKeyTiles][4],
                                                  const FlashForward& call, const FlashWork& work,
-                                                 int j0) {
+                                                 float softmax_scale, int j0) {
   const ScoreRule& rule = call.problem.score;
-  const float cap = rule.softcap * kLog2E, per_cap = rule.softmax_scale / rule.softcap;
-  const float scale = rule.softmax_scale * kLog2E;
+  const float cap = rule.softcap * kLog2E, per_cap = softmax_scale / rule.softcap;
+  const float scale = softmax_scale * kLog2E;
 #pragma unroll
   for (int r = 0; r < Tile::kRowTiles; ++r) {
 #pragma unroll

@@ -13,6 +13,10 @@ namespace pumice::cuda {
 struct ContiguousKeys {
   using Call = FlashForward;
 
+  // How a tile of them lies in shared memory.
+  template <class T, int kRows, int kColumns>
+  using Tile = SharedTile<kRows, kColumns>;
+
   const unsigned char *keys, *values;
   int64_t key_stride, value_stride;  // bytes
 
@@ -33,6 +37,19 @@ struct ContiguousKeys {
   __device__ __forceinline__ const unsigned char* value(int j) const {
     return values + j * value_stride;
   }
+
+  // An element of what key() and value() find, in fp32.
+  static __device__ __forceinline__ float key_element(const unsigned char* row, int column) {
+    return reinterpret_cast<const float*>(row)[column];
+  }
+  static __device__ __forceinline__ float value_element(const unsigned char* row, int column) {
+    return reinterpret_cast<const float*>(row)[column];
+  }
+  // What products of tiles with keys, and sums of those with values, are to be multiplied by.
+  static __device__ __forceinline__ float softmax_scale(const FlashForward& call) {
+    return call.problem.score.softmax_scale;
+  }
+  static __device__ __forceinline__ float value_scale() { return 1.0f; }
 
   // Starts the copies of keys or values j .. of `rows` that there are from j on.
   template <class Tile, int kThreads>

@@ -32,12 +32,14 @@ namespace pumice::cuda {
 // the queries or, where there are few, along the keys. Tiles of keys and of values take turns in a
 // ring of kRing slots; kRing - 1 are under way.
 template <int kHeadDimUpTo, int kValueDimUpTo, int kRowsOfBlock, int kWarpsAlongKeys,
-          int kSlotsOfRing, bool kKeepQuery, int kResident>
+          int kSlotsOfRing, bool kKeepQuery, int kResident, int kKeysOfStep = 64,
+          int kBytesOfElement = 2>
 struct FlashTile {
   static constexpr int kHeadDim = kHeadDimUpTo;
   static constexpr int kValueDim = kValueDimUpTo;
   static constexpr int kRows = kRowsOfBlock;
-  static constexpr int kKeys = 64;  // as the squares of mask_blocks
+  static constexpr int kKeys =
+      kKeysOfStep;  // 64, as the squares of mask_blocks, where there are any
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpsKeys = kWarpsAlongKeys;
@@ -52,7 +54,7 @@ struct FlashTile {
   static constexpr int kBlocksPerSm = kResident;
 
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
-  static constexpr int kSlotBytes = kKeys * std::max(kHeadDim, kValueDim) * 2;
+  static constexpr int kSlotBytes = kKeys * std::max(kHeadDim, kValueDim) * kBytesOfElement;
   static constexpr int kRingOffset = kQueryBytes;
   static constexpr int kBlockOffset = kRingOffset + kRing * kSlotBytes;
   static constexpr int kBlockBytes = 448;  // flash_mainloop.h: FlashBlock
@@ -82,6 +84,16 @@ using FlashTile256 = FlashTile<256, 256, 64, 1, 2, false, 2>;
 using FlashShort64 = FlashTile<64, 64, 16, 4, 3, true, 4>;
 using FlashShort128 = FlashTile<128, 128, 16, 4, 3, true, 3>;
 using FlashShort256 = FlashTile<256, 256, 16, 4, 2, false, 2>;
+
+// Keys and values of a byte each (a paged cache of float8 or int8). With few rows tiles of twice as
+// many keys, so that as many bytes are under way; with many as above.
+using FlashBytes64 = FlashTile<64, 64, 128, 1, 3, true, 2, 64, 1>;      // 28 KB
+using FlashBytes128 = FlashTile<128, 128, 128, 1, 3, false, 2, 64, 1>;  // 56 KB
+using FlashBytes192 = FlashTile<192, 128, 128, 1, 2, false, 2, 64, 1>;  // 72 KB
+using FlashBytes256 = FlashTile<256, 256, 64, 1, 3, false, 2, 64, 1>;   // 80 KB
+using FlashBytesShort64 = FlashTile<64, 64, 16, 4, 3, true, 4, 128, 1>;
+using FlashBytesShort128 = FlashTile<128, 128, 16, 4, 3, true, 3, 128, 1>;
+using FlashBytesShort256 = FlashTile<256, 256, 16, 4, 2, false, 2, 128, 1>;
 
 // fp32 (flash_forward_fp32.cu): 32 rows and 32 keys, for every head dim up to 256.
 constexpr int kFlashRowsFp32 = 32;

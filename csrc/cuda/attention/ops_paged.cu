@@ -18,13 +18,14 @@ const T* pointer_or_null(const std::optional<Tensor>& tensor) {
 
 // cp.async reads 16 bytes of a row at a time, and a pool is not copied to make that possible.
 void check_rows_of_cache(const char* op, const char* name, const Tensor& cache) {
+  const auto piece = 16 / static_cast<int64_t>(cache.element_size());
   bool aligned = reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i < 3; ++i) aligned &= cache.size(i) == 1 || cache.stride(i) % 8 == 0;
-  PUMICE_CHECK(aligned && cache.size(3) % 8 == 0, op, "rows of a 16-bit ", name,
-               " must lie on boundaries of 16 bytes on CUDA, and its head dim be a multiple of 8 "
-               "(head dim ",
-               cache.size(3), ", strides ", cache.stride(0), ", ", cache.stride(1), ", ",
-               cache.stride(2), ")");
+  for (int64_t i = 0; i < 3; ++i) aligned &= cache.size(i) == 1 || cache.stride(i) % piece == 0;
+  PUMICE_CHECK(aligned && cache.size(3) % piece == 0, op, "rows of ", name,
+               " must lie on boundaries of 16 bytes on CUDA with queries of 16 bits, and its head "
+               "dim be a multiple of ",
+               piece, " (head dim ", cache.size(3), ", strides ", cache.stride(0), ", ",
+               cache.stride(1), ", ", cache.stride(2), ")");
 }
 
 void set_device_pointers(PagedForward& call, const PagedTensors& tensors) {
@@ -39,6 +40,8 @@ void set_device_pointers(PagedForward& call, const PagedTensors& tensors) {
   call.cache.key.data = read_pointer<void>(tensors.key_cache);
   call.cache.value.data = read_pointer<void>(tensors.value_cache);
   call.cache.block_table = read_pointer<int32_t>(tensors.block_table);
+  call.cache.key_scale = pointer_or_null<float>(tensors.k_scale);
+  call.cache.value_scale = pointer_or_null<float>(tensors.v_scale);
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key_cache, Tensor value_cache,
@@ -61,9 +64,6 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key_cache, Tensor valu
   call.cache = checked.cache;
   call.block_of = BlockDivision::by(call.cache.block_size);
   AttentionProblem& problem = call.problem;
-  PUMICE_CHECK(call.cache.type == CacheType::kQuery, op, "no CUDA kernel for ",
-               call.cache.type == CacheType::kInt8 ? "int8" : "float8_e4m3fn",
-               " caches yet, only for those of query's dtype");
   check_cuda_attention(op, problem);
   const bool is_16bit = problem.dtype != DType::kFloat32;
   if (is_16bit) {

@@ -34,9 +34,11 @@ struct PagedForward : FlashForward {
 
 void paged_forward(const PagedForward& call, int64_t blocks, cudaStream_t stream);
 
-// By the type of the operands; paged_forward chooses.
+// By the types of query and cache; paged_forward chooses. That of fp32 serves caches of bytes too.
 void paged_forward_fp16(const PagedForward& call, int64_t blocks, cudaStream_t stream);
 void paged_forward_bf16(const PagedForward& call, int64_t blocks, cudaStream_t stream);
 void paged_forward_fp32(const PagedForward& call, int64_t blocks, cudaStream_t stream);
+void paged_bytes_fp16(const PagedForward& call, int64_t blocks, cudaStream_t stream);
+void paged_bytes_bf16(const PagedForward& call, int64_t blocks, cudaStream_t stream);
 
 }  // namespace pumice::cuda

@@ -14,11 +14,12 @@ void paged_forward_fp16(const PagedForward& call, int64_t blocks, cudaStream_t s
 }
 
 void paged_forward(const PagedForward& call, int64_t blocks, cudaStream_t stream) {
+  const bool bytes = call.cache.type != CacheType::kQuery;
   switch (call.problem.dtype) {
     case DType::kFloat16:
-      return paged_forward_fp16(call, blocks, stream);
+      return (bytes ? paged_bytes_fp16 : paged_forward_fp16)(call, blocks, stream);
     case DType::kBFloat16:
-      return paged_forward_bf16(call, blocks, stream);
+      return (bytes ? paged_bytes_bf16 : paged_forward_bf16)(call, blocks, stream);
     default:
       return paged_forward_fp32(call, blocks, stream);
   }

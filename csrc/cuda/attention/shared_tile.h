@@ -48,6 +48,7 @@ struct SharedTile {
   static_assert(kColumns % 32 == 0 && kRows % 8 == 0);
 
   static constexpr bool kWholeLines = kRowBytes % 128 == 0;
+  static constexpr bool kSeparatesColumns = false;  // as cache_tile.h does
 
   // Where chunk `chunk` of row `row` lies, in bytes from the tile's start.
   static __device__ __forceinline__ int offset(int row, int chunk) {
@@ -107,10 +108,11 @@ struct SharedTile {
                     [&](int i) { return row_source(mine.row + i * mine.kStep); });
   }
 
-  // Whether one of the elements that this thread copied by copy<kThreads>(), and has waited for, is
-  // an infinity or NaN of the 16-bit type.
-  template <class T, int kThreads>
-  static __device__ __forceinline__ bool copied_non_finite(const unsigned char* tile, int thread) {
+  // Whether a predicate holds for one of the words that this thread copied by copy<kThreads>(), and
+  // has waited for.
+  template <int kThreads, class Predicate>
+  static __device__ __forceinline__ bool any_copied(const unsigned char* tile, int thread,
+                                                    Predicate&& predicate) {
     using Mine = Share<kThreads>;
     const Mine mine(thread);
     const unsigned char* first = tile + offset(mine.row, mine.chunk);
@@ -120,17 +122,16 @@ struct SharedTile {
 #pragma unroll
       for (int j = 0; j < Mine::kChunksOfRow; ++j) {
         const uint4 words = *reinterpret_cast<const uint4*>(first + mine.beside(i, j));
-        for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
-          found |= !is_finite<T>(word) || !is_finite<T>(word >> 16);
-        }
+        for (const uint32_t word : {words.x, words.y, words.z, words.w}) found |= predicate(word);
       }
     }
     return found;
   }
 
-  // Makes zeros of them.
-  template <class T, int kThreads>
-  static __device__ __forceinline__ void clear_non_finite(unsigned char* tile, int thread) {
+  // Makes change(word) of each of them.
+  template <int kThreads, class Change>
+  static __device__ __forceinline__ void change_copied(unsigned char* tile, int thread,
+                                                       Change&& change) {
     using Mine = Share<kThreads>;
     const Mine mine(thread);
     unsigned char* first = tile + offset(mine.row, mine.chunk);
@@ -140,10 +141,21 @@ struct SharedTile {
       for (int j = 0; j < Mine::kChunksOfRow; ++j) {
         auto* words = reinterpret_cast<uint4*>(first + mine.beside(i, j));
         const uint4 w = *words;
-        *words = {finite_or_zero<T>(w.x), finite_or_zero<T>(w.y), finite_or_zero<T>(w.z),
-                  finite_or_zero<T>(w.w)};
+        *words = {change(w.x), change(w.y), change(w.z), change(w.w)};
       }
     }
+  }
+
+  // The same for elements that are an infinity or NaN of the 16-bit type: whether there are any,
+  // and zeros in their place.
+  template <class T, int kThreads>
+  static __device__ __forceinline__ bool copied_non_finite(const unsigned char* tile, int thread) {
+    return any_copied<kThreads>(
+        tile, thread, [](uint32_t w) { return !is_finite<T>(w) || !is_finite<T>(w >> 16); });
+  }
+  template <class T, int kThreads>
+  static __device__ __forceinline__ void clear_non_finite(unsigned char* tile, int thread) {
+    change_copied<kThreads>(tile, thread, [](uint32_t w) { return finite_or_zero<T>(w); });
   }
 
   // What lies `rows` rows (a multiple of 8) below and `chunks` chunks (an even number) beside the
@@ -190,6 +202,13 @@ struct SharedTile {
                                                            int n, int lane = lane_index()) {
     ptx::ldmatrix_x4_trans(b[0][0], b[0][1], b[1][0], b[1][1],
                            tile + beside(down_first(lane), row, 2 * n));
+  }
+
+  // The two elements of row `row` that lane 4g + t has in column tile n of a product with the tile
+  // as B transposed.
+  static __device__ __forceinline__ uint32_t pair(const unsigned char* tile, int row, int n,
+                                                  int t) {
+    return *reinterpret_cast<const uint32_t*>(tile + offset(row, n) + t * 4);
   }
 
  private:

@@ -8,8 +8,8 @@ two may share blocks (Kwon et al., 2023). :mod:`pumice.decode` keeps the books.
 Elements are of the dtype of the query, or bytes that stand for ``stored · scale``: float8 e4m3 or
 int8, with a scale for the whole cache or for each KV head.
 
-On CUDA bytes can be written, but attention reads caches of the query's dtype only, yet, with head
-dims up to 256; in 16 bits these must be multiples of 8, and rows lie on boundaries of 16 bytes. It
+On CUDA attention takes head dims up to 256. With queries of 16 bits rows of the caches lie on
+boundaries of 16 bytes, a head dim is a multiple of 8 (16 where the cache is one of bytes). It
 refuses others (RuntimeError).
 """
 
@@ -170,10 +170,9 @@ def paged_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
         RuntimeError: no kernels for the device of query; a gradient; on the CPU, lengths or blocks
             outside the table or the cache (CUDA does not look at them: lengths are cut at the
-            table's, keys and values of such blocks are zero, no memory is touched); on CUDA, a
-            cache of float8_e4m3fn or int8, for which there is no kernel yet, D or D_v above 256,
-            and rows of a 16-bit cache that do not lie on boundaries of 16 bytes or whose D or D_v
-            is no multiple of 8.
+            table's, keys and values of such blocks are zero, no memory is touched); on CUDA, D or
+            D_v above 256, and with queries of 16 bits rows of a cache that do not lie on
+            boundaries of 16 bytes, or whose D or D_v is no multiple of 16 bytes.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023; Miao et al., "SpecInfer", 2024 (tree_mask).
