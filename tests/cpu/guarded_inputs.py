@@ -126,6 +126,59 @@ def attention() -> None:
             )
 
 
+def paged() -> None:
+    """Caches of every kind between pages of no access, the last block of the pool in use.
+
+    A table ends with the sequence; its entries for a block that nobody sees are garbage.
+    """
+    g = torch.Generator().manual_seed(3)
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    kinds = itertools.cycle((None, torch.float8_e4m3fn, torch.int8))
+    masks = itertools.cycle(({}, {"causal": False}, {"window": (5, 0), "sink_tokens": 2}, {"t": 1}))
+    dims = ((64, 64), (33, 17), (128, 40), (1, 5), (15, 100))
+    for queries, size, (dim, value_dim) in itertools.product((1, 3, 40), (1, 3, 16, 64), dims):
+        dtype, stored, mask = next(dtypes), next(kinds), dict(next(masks))
+        keys, tree = (max(70, queries), queries + 2), mask.pop("t", 0)
+        blocks = [-(-n // size) for n in keys]
+        table = torch.full((2, max(blocks)), -(2**31), dtype=torch.int32)
+        table[0, : blocks[0]] = torch.arange(blocks[0]) + blocks[1]
+        table[1, : blocks[1]] = torch.arange(blocks[1])
+        if "window" in mask and queries == 1:  # between the two sinks and the window
+            table[0, -(-2 // size) : (keys[0] - 6) // size] = 2**31 - 1
+        caches = [torch.randn(sum(blocks), size, 2, d, generator=g) for d in (dim, value_dim)]
+        tensors = {
+            "key_cache": caches[0].to(stored or dtype),
+            "value_cache": caches[1].to(stored or dtype),
+            "block_table": table,
+            "seq_lens": torch.tensor(keys, dtype=torch.int32),
+            "sinks": torch.rand(4, generator=g),
+            "alibi_slopes": torch.rand(2, 4, generator=g),
+        }
+        if stored is not None:
+            tensors |= {"k_scale": torch.rand(2, generator=g), "v_scale": torch.rand(1)}
+        if tree:
+            tensors["tree_mask"] = torch.full((2 * queries, -(-queries // 32)), -1).int()
+        query = torch.randn(2, queries, 4, dim, generator=g).to(dtype)
+        new = [torch.randn(4, 2, d, generator=g).to(dtype) for d in (dim, value_dim)]
+        slots = torch.tensor([0, -1, sum(blocks) * size - 1, size])
+        pairs = torch.tensor([[0, sum(blocks) - 1], [-1, 0]])
+        angles = torch.rand(7, dim // 2, generator=g)
+        for at_end in (False, True):
+            inputs = {name: guarded(tensor, at_end) for name, tensor in tensors.items()}
+            pumice.ops.paged_attention(guarded(query, at_end), **inputs, **mask)
+            written = inputs["key_cache"], inputs["value_cache"]
+            scales = {name: inputs.get(name) for name in ("k_scale", "v_scale")}
+            rotary = None
+            if dim > 1:
+                positions = torch.tensor([6, 0, 1, 6])
+                rotary = tuple(guarded(x, at_end) for x in (angles, angles, positions))
+            pumice.ops.cache_append(
+                *(guarded(x, at_end) for x in new), *written, guarded(slots, at_end),
+                rotary=rotary, **scales,
+            )  # fmt: skip
+            pumice.ops.cache_copy_blocks(*written, guarded(pairs, at_end))
+
+
 def main() -> None:
     if sys.argv[1:] == ["past-the-end"]:  # the fault this program is about
         ctypes.string_at(guarded(torch.zeros(5), at_end=True).data_ptr(), 21)
@@ -145,6 +198,7 @@ def main() -> None:
             pumice.ops.int8_mixed_linear(xs, *weight)
     int4()
     attention()
+    paged()
     print("done")
 
 
