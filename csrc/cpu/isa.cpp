@@ -8,6 +8,8 @@ namespace pumice::cpu {
 
 const char* name_of(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
     case Isa::kAvx512Vnni:
       return "avx512vnni";
     case Isa::kAvx2:
@@ -25,6 +27,7 @@ Isa detect_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
   if (avx2 && avx512) return Isa::kAvx512Vnni;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -35,23 +38,12 @@ Isa active_isa() {
   static const Isa isa = [] {
     const Isa detected = detect_isa();
     const char* wanted = std::getenv("PUMICE_CPU_ISA");
-    for (Isa lower : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni}) {
+    for (Isa lower : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAvx512Bf16}) {
       if (wanted && std::strcmp(wanted, name_of(lower)) == 0) return std::min(lower, detected);
     }
     return detected;
   }();
   return isa;
-}
-
-bool active_avx512_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool active = active_isa() == Isa::kAvx512Vnni &&
-                             __builtin_cpu_supports("avx512bf16") &&
-                             !std::getenv("PUMICE_CPU_ISA");
-  return active;
-#else
-  return false;
-#endif
 }
 
 }  // namespace pumice::cpu

@@ -3,18 +3,17 @@
 
 namespace pumice::cpu {
 
-enum class Isa { kPortable, kAvx2, kAvx512Vnni };
+// Each holds those before it. kAvx512Bf16 has kernels of its own where they use its instructions
+// (attention forward), else those of kAvx512Vnni.
+enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAvx512Bf16 };
 
 const char* name_of(Isa isa);
 
 // The widest set this machine has and this build holds.
 Isa detect_isa();
 
-// detect_isa(), lowered (never raised) by PUMICE_CPU_ISA=portable|avx2|avx512vnni; read once.
+// detect_isa(), lowered (never raised) by PUMICE_CPU_ISA=portable|avx2|avx512vnni|avx512bf16; read
+// once.
 Isa active_isa();
-
-// Whether to use AVX512-BF16 on top of kAvx512Vnni: where the machine has it and PUMICE_CPU_ISA does
-// not name a set, each of which is without.
-bool active_avx512_bf16();
 
 }  // namespace pumice::cpu

@@ -12,11 +12,13 @@ import pytest
 from pumice import _C
 
 ROOT = Path(__file__).parents[2]
-ISAS = ("portable", "avx2", "avx512vnni")
+ISAS = ("portable", "avx2", "avx512vnni", "avx512bf16")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
 FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"],
+    "avx512vnni": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

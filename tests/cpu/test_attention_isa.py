@@ -18,7 +18,7 @@ FILES = ("test_attention_forward.py", "test_attention_backward.py")
 CHOSEN = "cpu and (larger or wide or cpu-2) and not beyond"
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni", "avx512bf16"])
 @pytest.mark.parametrize("file", FILES)
 def test_against_the_reference(isa: str, file: str) -> None:
     finished = subprocess.run(

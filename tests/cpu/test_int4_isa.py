@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent / "ops"
 FILES = ("test_int4_linear.py", "test_int4_pack.py")
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni", "avx512bf16"])
 def test_against_the_reference(isa: str) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu"]
@@ -41,6 +41,6 @@ def test_the_environment_is_obeyed() -> None:
         text=True,
         check=True,
     )
-    order = ("portable", "avx2", "avx512vnni")
+    order = ("portable", "avx2", "avx512vnni", "avx512bf16")
     expected = min("avx2", _C.cpu_isa_detected(), key=order.index)
     assert finished.stdout.strip() == expected

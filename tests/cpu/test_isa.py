@@ -13,7 +13,7 @@ import pytest
 
 from pumice import _C
 
-ISAS = ("portable", "avx2", "avx512vnni")
+ISAS = ("portable", "avx2", "avx512vnni", "avx512bf16")
 PROGRAM = Path(__file__).parent / "isa_digest.py"
 
 

@@ -19,7 +19,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni", "avx512bf16"])
 @pytest.mark.parametrize("file", FILES)
 def test_against_the_oracle(isa: str, file: str) -> None:
     finished = subprocess.run(
