@@ -23,7 +23,7 @@ from demo.methods import UNCOMPRESSED, Method
 from demo.results import Row
 from pumice import _console
 
-SIZES = {"prefill": 256, "rounds": 3}
+SIZES = {"windows": 8, "prefill": 256, "rounds": 3}
 WINDOWS = 8  # that a method looks at
 
 MAGNITUDE = Method("magnitude50", "50% by magnitude", pumice.Magnitude(0.5))
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     with _console.progress_bars() as bars:
-        setting = compare.load(bars, options.dtype, options.out, windows=options.windows, **SIZES)
+        sizes = {**SIZES, "windows": options.windows}
+        setting = compare.load(bars, options.dtype, options.out, **sizes)
         rows, _ = compare.compare(bars, setting, METHODS)
     console = _console.output()
     console.print(results.table(rows))
@@ -66,7 +67,7 @@ def verdict(rows: Mapping[str, Row]) -> list[tuple[str, bool]]:
         (
             f"magnitude breaks the model, Wanda and SparseGPT do not: {ppl[MAGNITUDE.name]:.0f} "
             f"against {ppl[WANDA.name]:.1f} and {ppl[SPARSEGPT.name]:.1f} at 50%",
-            ppl[MAGNITUDE.name] > 3 * max(ppl[WANDA.name], ppl[SPARSEGPT.name]),
+            all(ppl[MAGNITUDE.name] > 3 * ppl[other.name] for other in (WANDA, SPARSEGPT)),
         ),
         (
             f"at 2:4 making up for the zeros pays: SparseGPT {ppl[SPARSEGPT24.name]:.1f}, Wanda "
@@ -80,7 +81,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.pruning", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--windows", type=int, default=8, help="evaluated, of 512 tokens each")
+    parser.add_argument(
+        "--windows", type=int, default=SIZES["windows"], help="evaluated, of 512 tokens each"
+    )
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
     return parser.parse_args(arguments)
 

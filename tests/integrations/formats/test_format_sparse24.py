@@ -119,6 +119,34 @@ def test_the_library_reads_ours_and_writes_what_we_read(compressor, dtype):
     assert torch.equal(opened.decompress(), w)
 
 
+def test_whole_models_both_ways(compressor, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pumice[hf] is not installed")
+    from compressed_tensors.compressors import ModelCompressor
+
+    from tiny_transformers import build
+
+    model = build("llama")
+    sparse = pumice.compress(model, pumice.Magnitude(pattern="2:4"))
+    pumice.save(sparse, tmp_path / "ours", format="compressed-tensors")
+    opened = transformers.LlamaForCausalLM(model.config)
+    ModelCompressor.from_pretrained(tmp_path / "ours").decompress(tmp_path / "ours", opened)
+    layers = [row.name for row in pumice.report(sparse).layers]
+    for name in layers:
+        weight = opened.get_submodule(name).weight
+        assert torch.equal(weight, sparse.get_submodule(name).dequantize())
+
+    dense = pumice.compress(model, pumice.Magnitude(pattern="2:4", store="dense"))
+    theirs = ModelCompressor.from_pretrained_model(dense, sparsity_config="sparse-24-bitmask")
+    theirs.sparsity_config.targets, theirs.sparsity_config.ignore = ["Linear"], ["lm_head"]
+    dense.save_pretrained(tmp_path / "theirs", state_dict=theirs.compress(dense))
+    theirs.update_config(tmp_path / "theirs")
+    loaded = pumice.load(tmp_path / "theirs")
+    for name in layers:
+        layer = loaded.get_submodule(name)
+        assert isinstance(layer, Sparse24Linear)
+        assert torch.equal(layer.dequantize(), dense.get_submodule(name).weight)
+
+
 # ---- checkpoints
 
 X = torch.linspace(-2, 2, 3 * 32).reshape(3, 32)
