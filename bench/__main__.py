@@ -16,6 +16,7 @@ from bench import (
     attention,
     block_manager,
     cache,
+    generate,
     int4,
     int8,
     outlier_weights,
@@ -23,6 +24,7 @@ from bench import (
     readme,
     results,
     sampling,
+    sparse24,
     speculative,
 )
 from bench.cases import Bench, CaseT, Linear
@@ -75,6 +77,9 @@ app.command("int8", help="W8A8 and LLM.int8() linears beside torch, fbgemm, aten
 )
 app.command("int4", help="int4 linears, groups of 128, beside torch, aten, onnxruntime, ggml.")(
     command(int4.BENCH)
+)
+app.command("sparse24", help="2:4 linears, floating, int8 and int4, beside their dense ones.")(
+    command(sparse24.BENCH)
 )
 
 
@@ -200,6 +205,23 @@ def speculative_command(
         torch.set_num_threads(threads)
     rows = speculative.run(dtype, tokens, rounds, only, processor_time, console.log)
     console.print(Markdown(speculative.markdown(rows)))
+
+
+@app.command(name="generate")
+def generate_command(
+    model: Annotated[
+        str, typer.Option(help="a real model beside the tiny one; '' for none")
+    ] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="of the real model")] = "float32",
+    requests: Annotated[int, typer.Option(help="of each model")] = 32,
+    batch: Annotated[int, typer.Option(help="requests at a time")] = 16,
+    threads: Threads = 0,
+) -> None:
+    """Tokens a second for many requests, beside transformers' generate and its own batching."""
+    if threads:
+        torch.set_num_threads(threads)
+    tables = generate.tables(model, DTYPES[dtype], requests, batch, tell=console.log)
+    console.print(Markdown(tables))
 
 
 @app.command(name="readme")
