@@ -179,6 +179,46 @@ def paged() -> None:
             pumice.ops.cache_copy_blocks(*written, guarded(pairs, at_end))
 
 
+def sparse24() -> None:
+    """Few rows and many, of every kind of weight."""
+    g = torch.Generator().manual_seed(4)
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    for m, n, k in itertools.product((1, 3, 7), (1, 5, 17), (4, 28, 36, 64, 132, 260, 516, 1028)):
+        dtype = next(dtypes)
+        w = torch.randn(n, k // 4, 4, generator=g)
+        w[..., 1:3] = 0
+        w8 = (w.view(n, k) * 30).to(torch.int8)
+        w = w.view(n, k).to(dtype)
+        x = torch.randn(m, k, generator=g).to(dtype)
+        q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=g)
+        codes = torch.randint(0, 16, (n, k // 2), dtype=torch.uint8, generator=g)
+        scales = torch.rand(n, -(-k // 32), generator=g).to(dtype)
+        bias, scale, weight_scale = torch.ones(n), torch.ones(m), torch.ones(n)
+        for at_end in (False, True):
+            compressed = pumice.ops.sparse24_compress(guarded(w, at_end))
+            values, meta = (guarded(t, at_end) for t in compressed)
+            values8, _ = pumice.ops.sparse24_compress(guarded(w8, at_end))
+            pumice.ops.sparse24_gather(guarded(w, at_end), meta)
+            pumice.ops.sparse24_decompress(values, meta)
+            pumice.ops.sparse24_decompress(guarded(values8, at_end), meta)
+            xs, qs, b = (guarded(t, at_end) for t in (x, q, bias))
+            pumice.ops.sparse24_linear(xs, values, meta, b)
+            scaling = [guarded(t, at_end) for t in (scale, weight_scale)]
+            pumice.ops.sparse24_int8_linear(
+                qs, scaling[0], guarded(values8, at_end), meta, scaling[1], b, out_dtype=dtype
+            )
+            for zeros in (None, scales, torch.ones(scales.shape, dtype=torch.uint8)):
+                pumice.ops.sparse24_int4_linear(
+                    xs,
+                    guarded(pumice.ops.int4_pack(codes), at_end),
+                    meta,
+                    guarded(scales, at_end),
+                    None if zeros is None else guarded(zeros, at_end),
+                    b,
+                    group_size=32,
+                )
+
+
 def main() -> None:
     if sys.argv[1:] == ["past-the-end"]:  # the fault this program is about
         ctypes.string_at(guarded(torch.zeros(5), at_end=True).data_ptr(), 21)
@@ -199,6 +239,7 @@ def main() -> None:
     int4()
     attention()
     paged()
+    sparse24()
     print("done")
 
 
