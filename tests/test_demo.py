@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 from rich.console import Console
 
-from demo import __main__ as demo
-from demo import compare, picture, results
+from demo import __main__ as everything
+from demo import compare, compression, picture, results
 from demo.methods import LLM_INT8, METHODS, NAIVE, UNCOMPRESSED
 from pumice.evaluate import Perplexity, Throughput
 from tiny_llama import make_model, make_tokenizer
@@ -89,14 +88,13 @@ def tiny(monkeypatch, tmp_path):
     """The demo with a model and texts that need no download and no minutes."""
     monkeypatch.setattr(compare, "load_model", lambda *_, **__: (make_model(), make_tokenizer()))
     monkeypatch.setattr(compare, "load_text", lambda *_, **__: "Some text to read. " * 100)
-    monkeypatch.setattr(demo, "SIZES", {"context": 64, "prefill": 32, "decode": 2})
-    monkeypatch.setattr(sys, "argv", ["demo", "--windows", "3", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(compression, "SIZES", {"context": 64, "prefill": 32, "decode": 2})
     return tmp_path / "out"
 
 
 def test_the_demo_from_end_to_end(tiny, capsys):
     """A random model has no outliers, so nothing falls apart: the demo must say so and fail."""
-    assert demo.main() == 1
+    assert compression.main(["--windows", "3", "--out", str(tiny)]) == 1
     printed = capsys.readouterr()
     assert "NO   naive int8 falls apart" in printed.out
     assert f"yes  {LLM_INT8.label}, keeps the model" in printed.out
@@ -114,4 +112,21 @@ def test_the_demo_from_end_to_end(tiny, capsys):
 
 def test_the_demo_succeeds_where_the_claims_hold(tiny, monkeypatch):
     monkeypatch.setattr(results, "NAIVE_IS_WORSE_BY", 0.5)
-    assert demo.main() == 0
+    assert compression.main(["--windows", "3", "--out", str(tiny)]) == 0
+
+
+def test_the_parts_run_in_turn_and_one_that_fails_stops_nothing(monkeypatch, capsys):
+    ran = []
+
+    def part(name, code):
+        return lambda arguments: ran.append((name, list(arguments))) or code
+
+    parts = {"first": part("first", 0), "second": part("second", 1), "third": part("third", 0)}
+    monkeypatch.setattr(everything, "PARTS", parts)
+    assert everything.main([]) == 1
+    assert ran == [("first", []), ("second", []), ("third", [])]
+    assert "second" in capsys.readouterr().out
+    assert everything.main(["third", "--threads", "1"]) == 0
+    assert ran[-1] == ("third", ["--threads", "1"])
+    with pytest.raises(SystemExit):
+        everything.main(["fourth"])
