@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sharp_models import sharp
 from torch import nn
 
 import pumice
@@ -13,14 +14,13 @@ from pumice.decode.draft_early_exit import EarlyExitDraft, early_exit
 from pumice.decode.draft_model import ModelDraft, draw
 from pumice.decode.request import SamplingParams
 from pumice.ops.sampling import sampling_probs
-from tiny_transformers import build
 
 GREEDY = SamplingParams(max_new_tokens=64)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build("llama")
+    return sharp("llama")
 
 
 def prompt(length, seed=0):
@@ -62,7 +62,7 @@ def test_a_greedy_draft_is_the_models_own_continuation(model, chunk):
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen2"])
 def test_other_families_draft_too(family):
-    model = build(family)
+    model = sharp(family)
     text = prompt(11)
     assert drafts(ModelDraft(model, 3, num_blocks=8), request(text)) == [continued(model, text, 3)]
 
@@ -96,7 +96,7 @@ def test_after_a_rejection_drafts_go_on_from_what_was_decided(model, kept):
 
 def test_windows_do_not_forget_what_a_rejection_brings_back():
     """Tokens leave a window as drafts push it on, and are seen again when these are rejected."""
-    model = build("mistral")
+    model = sharp("mistral")
     model.config.sliding_window = 6
     draft = ModelDraft(model, 6, num_blocks=16, block_size=2)
     assert draft.cache.runner.geometry.window_left == 5
@@ -286,7 +286,7 @@ def test_an_early_exit_is_the_model_without_its_last_layers(model):
 
 @pytest.mark.parametrize("family", ["gpt2", "pythia", "qwen2"])
 def test_other_families_exit_early_too(family):
-    model = build(family)
+    model = sharp(family)
     text = prompt(8)
     exited = early_exit(model, 1)
     ids = torch.tensor([text])
@@ -334,7 +334,8 @@ def test_a_compressed_copy_is_smaller_by_default():
     assert {type(m) for n, m in copied.named_modules() if n.endswith(("proj", "lm_head"))} == {
         pumice.nn.Int4Linear
     }
-    assert copied.lm_head.bits == 4
+    assert copied.lm_head.bits == 8
+    assert copied.model.layers[0].mlp.up_proj.bits == 4
 
 
 @pytest.mark.parametrize("wrong", [{"num_blocks": 0}, {"block_size": 0}, {"max_batch_tokens": 0}])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from distribution import FALSE_ALARM, joint, next_probs, surprise
+from sharp_models import sharp
 
 from pumice.decode.block_manager import OutOfBlocksError
 from pumice.decode.draft import DraftRequest
@@ -15,7 +16,6 @@ from pumice.decode.pool import CachePool
 from pumice.decode.request import SamplingParams
 from pumice.decode.speculative import TreeDecoder
 from pumice.decode.tree_step import move_tokens, tree_mask
-from tiny_transformers import build
 
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 WARM = SamplingParams(max_new_tokens=3, temperature=1.3, top_k=4, ignore_eos=True)
@@ -23,19 +23,13 @@ WARM = SamplingParams(max_new_tokens=3, temperature=1.3, top_k=4, ignore_eos=Tru
 
 @pytest.fixture(scope="module")
 def model():
-    return build("llama")
+    return sharp("llama")
 
 
 @pytest.fixture(scope="module")
 def other():
-    """Another model that agrees with the first now and then."""
-    other = build("llama")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(0.3 * parameter.std(unbiased=False) * noise)
-    return other
+    """Another model, that agrees with the first now and then."""
+    return sharp("llama", noise=0.15)
 
 
 def prompt(length, seed=0):
@@ -135,7 +129,7 @@ def test_tokens_are_moved_in_every_layer_also_onto_each_other(cache_dtype):
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_greedy_tokens_are_those_without_trees(family, block_size):
-    model = build(family)
+    model = sharp(family)
     prompts = [prompt(n, seed=n) for n in (4, 13, 7)]
     expected = [continued(model, text, 24) for text in prompts]
     truth = {tuple(p[:4]): [*p, *e] for p, e in zip(prompts, expected, strict=True)}
@@ -322,7 +316,7 @@ def test_stop_tokens_end_a_sequence_inside_a_path(model):
 
 
 def test_end_tokens_of_the_model_end_a_sequence():
-    model = build("llama")
+    model = sharp("llama")
     text = prompt(9)
     whole = continued(model, text, 24)
     model.generation_config.eos_token_id = whole[5]
@@ -385,11 +379,11 @@ def test_a_pass_that_fails_gives_everything_back(model):
 
 
 def test_what_does_not_go_together_is_refused(model):
-    small = build("llama")
+    small = sharp("llama")
     small.resize_token_embeddings(50)
     with pytest.raises(ValueError, match=r"vocabulary of 50 tokens, .* 61"):
         TreeDecoder(model, ModelTreeDraft(small, num_blocks=8), num_blocks=8)
-    windowed = build("mistral")
+    windowed = sharp("mistral")
     windowed.config.sliding_window = 6
     with pytest.raises(ValueError, match="window"):
         TreeDecoder(windowed, Wild(), num_blocks=8)

@@ -41,9 +41,10 @@ def compressed_copy(
     """A copy of a transformers model for drafting: compressed, the output layer too.
 
     ``recipe``: by default ``RTN(bits=4, group_size=64)``, which needs no calibration. The output
-    layer, which :func:`pumice.compress` leaves alone, reads as much as many a block (a fifth of all
-    weights in a model of 135 M): a draft may have it coarse, rounded to nearest in 4 bits. The
-    input embedding, of which only rows are read, is the original's, shared.
+    layer, which :func:`pumice.compress` leaves alone, is rounded to 8 bits: it reads as much as
+    many a block (a fifth of all weights in a model of 135 M), and that changes acceptance by
+    nothing that can be seen, while 4 bits there cost SmolLM2-135M a tenth (0.64 to 0.56). The input
+    embedding, of which only rows are read, is the original's, shared.
     """
     recipe = RTN(bits=4, group_size=64) if recipe is None else recipe
     copied = compress(model, recipe, calibration)
@@ -51,7 +52,7 @@ def compressed_copy(
     if isinstance(head, nn.Linear):
         size = 64 if head.in_features >= 64 else 16
         copied.set_output_embeddings(  # type: ignore[operator]
-            compress(head, RTN(bits=4, group_size=size))
+            compress(head, RTN(bits=8, group_size=size))
         )
         copied.set_input_embeddings(model.get_input_embeddings())  # type: ignore[operator]
     return copied
