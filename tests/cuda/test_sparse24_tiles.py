@@ -56,6 +56,8 @@ INT4 = {
     "written out: fractional zeros": (9, 40, 208, HALF, 64, 4, "float"),
     "written out: 3 bits": (3, 40, 208, HALF, 64, 3, "integer"),
     "written out: many tokens": (520, 20, 64, BRAIN, 64, 4, "integer"),
+    "written out in three parts": (3, 600, 1024, HALF, 32, 4, "integer"),
+    "written out in two parts, rows of any address": (2, 301, 1036, BRAIN, 64, 3, "float"),
 }
 
 

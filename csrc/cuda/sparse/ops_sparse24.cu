@@ -5,7 +5,10 @@
 // looks at the weights either: of a group with more than two nonzeros sparse24_compress keeps the
 // first two, where the CPU refuses it; and of metadata that no matrix has the products are
 // undefined (but read nothing foreign). pumice.ops.sparse24_compress looks first.
+#include <algorithm>
+
 #include "common/sparse24_args.h"
+#include "cuda/gemm/int4_tiles.h"
 #include "cuda/quantize/int4_weight.h"
 #include "cuda/sparse/sparse24_gemm.h"
 #include "cuda/sparse/sparse24_weight.h"
@@ -82,7 +85,7 @@ using Launcher = void (*)(const Sparse24Product&, const Sparse24Plan&, bool, cud
 
 // Plans the product, gives it a workspace and launches it.
 template <Sparse24Kind kKind>
-void multiply(Sparse24Product& product, const Tensor& like, Launcher launcher) {
+void multiply(Sparse24Product product, const Tensor& like, Launcher launcher) {
   const cudaStream_t stream = current_stream(like);
   const DeviceProperties& device = device_properties(like);
   const bool aligned = sparse24_is_aligned<kKind>(product);
@@ -127,6 +130,7 @@ Tensor sparse24_linear(Tensor x, Tensor values, Tensor meta, std::optional<Tenso
   product.m = args.m;
   product.n = n;
   product.k = k;
+  product.y_stride = n;
   multiply<Sparse24Kind::k16Bit>(
       product, x, args.dtype == DType::kFloat16 ? sparse24_gemm_fp16 : sparse24_gemm_bf16);
   return y;
@@ -152,12 +156,53 @@ Tensor sparse24_int8_linear(Tensor q, Tensor scale, Tensor values, Tensor meta, 
   product.m = args.m;
   product.n = n;
   product.k = k;
+  product.y_stride = n;
   product.token_scale = read_pointer<float>(args.scale);
   product.token_scale_stride = args.per_tensor ? 0 : 1;
   product.weight_scale = read_pointer<float>(weight_scale);
   product.weight_scale_stride = weight_scale.numel() == 1 ? 0 : 1;
   multiply<Sparse24Kind::kInt8>(product, q, sparse24_gemm_int8);
   return y;
+}
+
+// Rows n0 .. n0 + count - 1 of a packed weight.
+IntnWeight rows_of(const IntnWeight& weight, int64_t n0, int64_t count) {
+  const auto skip = [](const void* matrix, int64_t bytes) {
+    return matrix ? static_cast<const uint8_t*>(matrix) + bytes : nullptr;
+  };
+  const int64_t terms = n0 * weight.groups;
+  const int64_t zero_bytes =
+      weight.zero_kind == ZeroKind::kInteger ? 1 : size_of(weight.scale_dtype);
+  IntnWeight rows = weight;
+  rows.n = count;
+  rows.qweight += n0 * intn_words(weight.k, weight.bits);
+  rows.scales = skip(weight.scales, terms * size_of(weight.scale_dtype));
+  rows.zeros = skip(weight.zeros, terms * zero_bytes);
+  return rows;
+}
+
+// The product with the kept values written out in the dtype of x: in parts of bounded size, one
+// after the other in the same memory.
+void multiply_written_out(const Sparse24Product& product, const Sparse24Int4LinearArgs& args,
+                          const Tensor& x) {
+  const int64_t n = product.n, kept = product.k / 2;
+  const int64_t rows_at_once = int4_rows_at_once(n, kept, device_properties(x).workspace_limit);
+  const Tensor values = new_empty(x, {rows_at_once, kept});
+  void* written = write_pointer<void>(values);
+  for (int64_t n0 = 0; n0 < n; n0 += rows_at_once) {
+    Sparse24Product part = product;
+    part.n = std::min(rows_at_once, n - n0);
+    dequantize_weight(rows_of(product.kept, n0, part.n), written, kept, args.dtype,
+                      current_stream(x));
+    part.values = written;
+    part.meta += n0 * sparse24_meta_bytes(product.k);
+    if (part.bias.data) {
+      part.bias.data = static_cast<const uint8_t*>(part.bias.data) + n0 * size_of(part.bias.dtype);
+    }
+    part.y = static_cast<uint8_t*>(product.y) + n0 * size_of(args.dtype);
+    multiply<Sparse24Kind::k16Bit>(
+        part, x, args.dtype == DType::kFloat16 ? sparse24_gemm_fp16 : sparse24_gemm_bf16);
+  }
 }
 
 Tensor sparse24_int4_linear(Tensor x, Tensor qvalues, Tensor meta, Tensor scales,
@@ -182,6 +227,7 @@ Tensor sparse24_int4_linear(Tensor x, Tensor qvalues, Tensor meta, Tensor scales
   product.m = args.m;
   product.n = n;
   product.k = k;
+  product.y_stride = n;
   product.kept = args.kept;
   product.kept.qweight = read_pointer<uint32_t>(qvalues);
   product.kept.scales = read_pointer<void>(scales);
@@ -193,11 +239,7 @@ Tensor sparse24_int4_linear(Tensor x, Tensor qvalues, Tensor meta, Tensor scales
                                   is_fp16 ? sparse24_gemm_int4_fp16 : sparse24_gemm_int4_bf16);
     return y;
   }
-  const Tensor values = new_empty(x, {n, k / 2});
-  dequantize_weight(product.kept, write_pointer<void>(values), k / 2, args.dtype,
-                    current_stream(x));
-  product.values = read_pointer<void>(values);
-  multiply<Sparse24Kind::k16Bit>(product, x, is_fp16 ? sparse24_gemm_fp16 : sparse24_gemm_bf16);
+  multiply_written_out(product, args, x);
   return y;
 }
 

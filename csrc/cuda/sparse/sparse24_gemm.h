@@ -16,9 +16,9 @@ struct Sparse24Product {
   const uint8_t* meta;
   const void* x;  // [m, k]: fp16, bf16, or int8
   VectorView bias;
-  void* y;  // [m, n]
+  void* y;  // [m, y_stride], of which columns 0 .. n - 1 are written
   DType y_dtype;
-  int64_t m, n, k;
+  int64_t m, n, k, y_stride;
 
   // int8: f(s) = s · token_scale[m] · weight_scale[n]. Strides are 1, or 0 where one serves all.
   const float* token_scale;

@@ -35,8 +35,8 @@ __device__ __forceinline__ void store_sparse24_outputs(const Sparse24Product& pr
     }
     y[i] += element_or_zero(product.bias, n + i);
   }
-  const int64_t at = static_cast<int64_t>(m) * product.n + n;
-  if (product.n % kSparse24Neighbours != 0) {
+  const int64_t at = static_cast<int64_t>(m) * product.y_stride + n;
+  if (product.y_stride % kSparse24Neighbours != 0) {
 #pragma unroll
     for (int i = 0; i < kSparse24Neighbours; ++i) {
       if (n + i < product.n) store_element(product.y, product.y_dtype, at + i, y[i]);
@@ -71,11 +71,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const int part = static_cast<int>(blockIdx.x) % grid.parts;
   int tile_m, tile_n;
   grid.locate(tile, tile_m, tile_n);
-  const int m0 = tile_m * Tile::kTokens, n0 = tile_n * Tile::kRows;
+  // What only the end needs waits in shared memory: the main loop needs all registers.
+  struct alignas(16) Tail {
+    int m0, n0;
+    uint32_t ticket;
+  };
+  Tail& tail = *reinterpret_cast<Tail*>(stages + Tile::kTailOffset);
+  if (threadIdx.x == 0) {
+    tail.m0 = tile_m * Tile::kTokens;
+    tail.n0 = tile_n * Tile::kRows;
+  }
   const int begin = static_cast<int>(static_cast<int64_t>(part) * grid.slices / grid.parts);
   const int end = static_cast<int>(static_cast<int64_t>(part + 1) * grid.slices / grid.parts);
 
-  Sparse24SliceLoader<Tile, kAligned> loader(product, grid, stages, m0, n0, begin, end);
+  Sparse24SliceLoader<Tile, kAligned> loader(product, grid, stages, tile_m * Tile::kTokens,
+                                             tile_n * Tile::kRows, begin, end);
 #pragma unroll 1
   for (int i = 0; i < Tile::kStages - 1; ++i) {
     loader.start(i);
@@ -111,6 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       add(total, sums + (w * Tile::kTokens + token) * Tile::kSumStride + row);
     }
   };
+  const int m0 = tail.m0, n0 = tail.n0;
   const auto finish = [&](int i, const Sum(&total)[kSparse24Neighbours]) {
     const int m = m0 + i * kSparse24Neighbours / Tile::kRows;
     const int n = n0 + i * kSparse24Neighbours % Tile::kRows;
@@ -137,12 +148,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                              bits_as<uint32_t>(total[v + 2]), bits_as<uint32_t>(total[v + 3])});
     }
   }
-  auto* ticket = reinterpret_cast<uint32_t*>(stages + Tile::kTicketOffset);
   __threadfence();
   __syncthreads();
-  if (thread == 0) *ticket = atomicAdd(product.tickets + tile, 1u);
+  if (thread == 0) tail.ticket = atomicAdd(product.tickets + tile, 1u);
   __syncthreads();
-  if (*ticket != static_cast<uint32_t>(grid.parts - 1)) return;
+  if (tail.ticket != static_cast<uint32_t>(grid.parts - 1)) return;
   __threadfence();
   for (int i = thread; i < kEights; i += Tile::kThreads) {
     Sum total[kSparse24Neighbours] = {};

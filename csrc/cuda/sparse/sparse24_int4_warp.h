@@ -2,8 +2,8 @@
 //
 // A register of the A operand holds the two kept values of a group of four columns: the two nibbles
 // of a byte. Lane (g, t) takes group t of the first 16 columns of a step and group t of the second:
-// byte t of a word of row g and of the word after it. It reads 4 words, of two steps, at once, as
-// its three neighbours do.
+// byte t of a word of row g and of the word after it. It reads both words whole, as its three
+// neighbours do.
 //
 //   byte q1 q0  →  (q0 - zero, q1 - zero)    3 instructions in fp16: byte_perm, and, half2 fma
 //
@@ -94,24 +94,27 @@ class Sparse24Int4Warp {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int part = grid_.terms_shift == 0 ? place_.warp_k : place_.warp_k * kChunks + chunk;
       const int term = part * Tile::kRows + place_.row + lane_index() / 4;
-      uint32_t a[kRowTiles][2][4];
+      uint32_t zeros[kRowTiles][2];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          load_half(a[r], stage, r, half, chunk,
-                    stage[Tile::kZeroOffset + term + r * 16 + half * 8]);
+          zeros[r][half] =
+              sparse24_zero_pair<T>(stage[Tile::kZeroOffset + term + r * 16 + half * 8]);
         }
       }
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
+      for (int step = 2 * chunk; step < 2 * chunk + 2; ++step) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) load_values(a[r], stage, r, step, zeros[r]);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           uint32_t b[4];
-          load_sparse24_tokens(b, stage, place_, 8 * j, 2 * chunk + step);
+          load_sparse24_tokens(b, stage, place_, 8 * j, step);
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
-            mma_sp_16bit<T>(group_sum_[r][j], a[r][step], b, e[r], 2 * chunk + step);
+            mma_sp_16bit<T>(group_sum_[r][j], a[r], b, e[r], step);
           }
         }
       }
@@ -121,18 +124,19 @@ class Sparse24Int4Warp {
     }
   }
 
-  // The operands of row g (half = 0) or g + 8 for both steps of a chunk.
-  __device__ __forceinline__ void load_half(uint32_t (&a)[2][4], const unsigned char* stage, int r,
-                                            int half, int chunk, uint32_t zero) const {
-    const int row = place_.row + r * 16 + half * 8 + lane_index() / 4;
-    const auto words = *reinterpret_cast<const uint4*>(
-        stage + ((place_.warp_k * kChunks + chunk) * Tile::kRows + row) * 16);
+  // The A operand of a step: of rows g and g + 8, byte t of two words.
+  __device__ __forceinline__ void load_values(uint32_t (&a)[4], const unsigned char* stage, int r,
+                                              int step, const uint32_t (&zeros)[2]) const {
     const uint32_t select = sparse24_byte_select<T>(lane_index() % 4);
-    const uint32_t zeros = sparse24_zero_pair<T>(zero);
-    a[0][half] = sparse24_centred_pair(words.x, select, zeros, T{});
-    a[0][half + 2] = sparse24_centred_pair(words.y, select, zeros, T{});
-    a[1][half] = sparse24_centred_pair(words.z, select, zeros, T{});
-    a[1][half + 2] = sparse24_centred_pair(words.w, select, zeros, T{});
+    const int chunk = place_.warp_k * kChunks + step / 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = place_.row + r * 16 + half * 8 + lane_index() / 4;
+      const auto words =
+          *reinterpret_cast<const uint2*>(stage + (chunk * Tile::kRows + row) * 16 + step % 2 * 8);
+      a[half] = sparse24_centred_pair(words.x, select, zeros[half], T{});
+      a[half + 2] = sparse24_centred_pair(words.y, select, zeros[half], T{});
+    }
   }
 
   __device__ __forceinline__ void add_scaled(const float* scales) {

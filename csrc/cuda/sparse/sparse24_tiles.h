@@ -80,8 +80,8 @@ struct Sparse24Tile {
   // that the 4 token pairs and 8 rows that a warp stores at once lie in different banks.
   static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumBytes = kWarpsK * kTokens * kSumStride * 4;
-  static constexpr int kTicketOffset = std::max(kStages * kStageBytes, kSumBytes);
-  static constexpr size_t kSharedBytes = kTicketOffset + 16;
+  static constexpr int kTailOffset = std::max(kStages * kStageBytes, kSumBytes);
+  static constexpr size_t kSharedBytes = kTailOffset + 16;
 
   static_assert(kWarpRows % 16 == 0 && kWarpTokens % 8 == 0 && kStages >= 2);
 };
