@@ -20,7 +20,7 @@ EXPECTED = {
         "HMMA.SP.16832.F32 ",
         "HMMA.SP.16832.F32.BF16",
         "IMMA.SP.16864.S8.S8",
-        "LDGSTS.E.BYPASS.128",
+        "LDGSTS.E.BYPASS",
         "LDSM.16.M88.4",
         "STG.E.128",
     ],
