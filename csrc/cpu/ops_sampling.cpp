@@ -41,10 +41,9 @@ void for_sampled_rows(const SamplingProblem& problem, const Tensor& like, const 
     const size_t maxima = workspace.reserve<float>(chunks);
     const size_t masses = workspace.reserve<Mass>(chunks);
     const size_t candidates = workspace.reserve<Candidate>(problem.vocab);
-    const size_t reordered = workspace.reserve<Candidate>(problem.vocab);
     workspace.allocate(like);
     f(SamplingScratch{workspace.at<float>(maxima), workspace.at<Mass>(masses),
-                      workspace.at<Candidate>(candidates), workspace.at<Candidate>(reordered)},
+                      workspace.at<Candidate>(candidates)},
       begin, end);
   });
 }

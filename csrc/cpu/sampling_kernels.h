@@ -24,7 +24,6 @@ struct SamplingScratch {
   float* maxima;          // [chunks]
   Mass* masses;           // [chunks]
   Candidate* candidates;  // [V]
-  Candidate* reordered;   // [V]
 };
 
 struct VerifyScratch {

@@ -90,6 +90,36 @@ inline Mass weigh(const float* x, int64_t count, float max, SoftmaxScale scale, 
   return mass;
 }
 
+// The tokens above a logit, of those equal to it the ones up to some token; and of these the ones
+// of some weight at least, which are none below another logit.
+struct KeptTokens {
+  bool all = true;
+  float logit = kNothing;
+  int64_t last_equal = kMaxVocab;
+  float least_weight = 0.0f, least_logit = kNothing;
+
+  bool may_keep(float chunk_maximum) const {
+    return chunk_maximum >= logit && chunk_maximum >= least_logit;
+  }
+};
+
+// The weights of those of a chunk's tokens that are kept, 0 for the others; their mass.
+inline Mass weigh_kept(const LogitChunk& chunk, float max, SoftmaxScale scale,
+                       const KeptTokens& kept, float* weights) {
+  const Mass all = weigh(chunk.at, chunk.count, max, scale, weights);
+  if (kept.all) return all;
+  const auto last = static_cast<int32_t>(kept.last_equal - chunk.begin);
+  const auto count = static_cast<int32_t>(chunk.count);
+  for (int32_t i = 0; i < count; ++i) {
+    const float x = chunk.at[i], weight = weights[i];
+    const bool ranks = (x > kept.logit) | ((x == kept.logit) & (i <= last));
+    weights[i] = ranks & (weight >= kept.least_weight) ? weight : 0.0f;
+  }
+  Mass mass = 0;
+  for (int32_t i = 0; i < count; ++i) mass += mass_of(weights[i]);
+  return mass;
+}
+
 // The chunk in which the running sum of masses passes `target`, which is then what is left of it.
 inline int64_t passing_chunk(const Mass* masses, int64_t chunks, Mass& target) {
   int64_t c = 0;
