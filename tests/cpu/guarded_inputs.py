@@ -219,6 +219,27 @@ def sparse24() -> None:
                 )
 
 
+def sampling() -> None:
+    g = torch.Generator().manual_seed(4)
+    dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
+    filters = itertools.cycle(
+        ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 200, "top_p": 0.5})
+    )
+    for vocab in (1, 7, 17, 127, 128, 129, 300, 1031):
+        x = (torch.randn(2, vocab, generator=g) * 3).to(next(dtypes))
+        probs, u = x.float().softmax(-1), torch.rand(2, generator=g)
+        tokens = torch.tensor([[vocab - 1]] * 2)
+        for at_end in (False, True):
+            for _ in range(5):
+                options = next(filters)
+                xs = guarded(x, at_end)
+                pumice.ops.sampling_probs(xs, **options)
+                pumice.ops.sample(xs, uniforms=guarded(u, at_end), **options)
+            q, p = (guarded(t, at_end) for t in (probs[:, None], torch.stack([probs, probs], 1)))
+            ones = guarded(torch.ones(2, 2), at_end)
+            pumice.ops.speculative_verify(guarded(tokens, at_end), p, draft_probs=q, uniforms=ones)
+
+
 def main() -> None:
     if sys.argv[1:] == ["past-the-end"]:  # the fault this program is about
         ctypes.string_at(guarded(torch.zeros(5), at_end=True).data_ptr(), 21)
@@ -240,6 +261,7 @@ def main() -> None:
     attention()
     paged()
     sparse24()
+    sampling()
     print("done")
 
 
