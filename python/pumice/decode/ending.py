@@ -60,8 +60,8 @@ class Ending:
     def end(self, request: Request, reason: FinishReason, error: BaseException | None) -> Output:
         """The end for another reason than a token."""
         return Output(
-            request.request_id, request.index, [], finish_reason=reason, error=error,
-            seed=request.seed,
+            request.request_id, request.index, [], None if self._text is None else "",
+            finish_reason=reason, error=error, seed=request.seed,
         )  # fmt: skip
 
     def _ended(self, request: Request, token: int, output: Output) -> bool:

@@ -250,6 +250,8 @@ class Engine:
         guesses = self._drafting.propose(self.scheduler) if self._drafting else None
         plan = self.scheduler.schedule(guesses.tokens if guesses else None)
         if plan is None:
+            if self.has_work:  # else a caller would step forever
+                raise AssertionError("there are requests, but none can run; this is a bug")
             return []
         try:
             choices = self._forward(plan, guesses)
