@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from distribution import FALSE_ALARM, joint, surprise
+from sharp_models import sharp
 
 from pumice.decode.draft import Draft, Proposal
 from pumice.decode.draft_compressed import compressed_draft
@@ -15,28 +16,17 @@ from pumice.decode.engine import Engine
 from pumice.decode.gamma import AdaptiveGamma
 from pumice.decode.request import SamplingParams
 from pumice.quantize import RTN
-from tiny_transformers import build
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build("llama")
-
-
-def perturbed(model_family, strength):
-    """Another model, that agrees with the first now and then."""
-    other = build(model_family)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(strength * parameter.std(unbiased=False) * noise)
-    return other
+    return sharp("llama")
 
 
 @pytest.fixture(scope="module")
 def other():
-    return perturbed("llama", 0.3)
+    """Another model, that agrees with the first now and then."""
+    return sharp("llama", noise=0.15)
 
 
 class Wild(Draft):
@@ -225,7 +215,7 @@ def test_a_draft_that_is_the_target_is_always_right(model, temperature):
 
 
 def test_a_draft_of_other_tokens_is_refused(model):
-    small = build("llama")
+    small = sharp("llama")
     small.resize_token_embeddings(50)
     with pytest.raises(ValueError, match=r"ModelDraft.* 50 tokens.* 61"):
         Engine(model, num_blocks=8, draft=ModelDraft(small, 2, num_blocks=8))
@@ -234,7 +224,7 @@ def test_a_draft_of_other_tokens_is_refused(model):
 @pytest.mark.parametrize("window", [5, 16])
 def test_windows_and_drafts_go_together(window):
     """Where drafts are rejected a window moves back to what had left it."""
-    model = build("mistral")
+    model = sharp("mistral")
     model.config.sliding_window = window
     arrivals = [(i, text, greedy(30)) for i, text in enumerate(PROMPTS)]
     plain = run(Engine(model, num_blocks=128, block_size=2), arrivals)
