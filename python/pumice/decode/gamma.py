@@ -1,10 +1,10 @@
 """How many tokens to draft: a fixed number, or the one that makes most tokens a second.
 
-With acceptance α a pass over γ drafts yields E(γ) = (1 − α^(γ+1)) / (1 − α) tokens and takes T(γ) =
-t0 + t1·γ seconds: t0 for the target's pass, t1 for drafting a token and for verifying it (nearly
-free where the target is bound by reading its weights, not free on a CPU). :class:`AdaptiveGamma`
-measures α of each request and the times, and chooses the γ of the largest E(γ) / T(γ). That may be
-0: then the draft is of no use here, and is only tried again now and then.
+With acceptance α a pass over γ drafts yields E(γ) = (1 − α^(γ+1)) / (1 − α) tokens. It takes T(γ)
+seconds, for drafting and for the target's pass: a straight line from γ = 1 on, and T(0), which lies
+below that line where libraries multiply one row faster than two. :class:`AdaptiveGamma` measures α
+of each request and the times, and chooses the γ of the largest E(γ) / T(γ). That may be 0: then the
+draft is of no use here, and is only tried again now and then.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ __all__ = ["AdaptiveGamma", "PacedDraft"]
 _OF_REQUEST = 50.0  # passes after which what a request's drafts did is half forgotten (roughly)
 _OF_ALL = 500.0
 _PRIOR_TESTS = 8.0  # drafts of a request before its own record counts as much as everybody's
+_UNKNOWN_COST = 0.2  # of a draft, over a pass without any, until it is measured
 _SAMPLES = 15  # of the time of a γ; their median is not moved by a pass that held a prompt
 
 
 class AdaptiveGamma:
     """Chooses γ in [0, max_drafts] by measured acceptance and time.
 
-    ``acceptance``: what α is taken for before anything is measured. ``cost``: t1 / t0, the time
-    of drafting and verifying one more token over that of the target's pass with none; None
-    measures it, so that γ depends on the machine and what else it does. Tokens have the target's
-    distribution anyway, but with a seed only a fixed γ, or ``cost``, gives the same ones again.
-    ``explore``: every so many passes a neighbour of the best γ is tried, to keep the record fresh.
+    ``acceptance``: what α is taken for before anything is measured. ``cost``: T(γ) is 1 + cost·γ;
+    None measures the times, so that γ depends on the machine and what else it does. Tokens have the
+    target's distribution anyway, but with a seed only a fixed γ, or ``cost``, gives the same ones
+    again.
+    ``explore``: every so many passes a neighbour of the best γ is tried, or 0, to keep the record
+    fresh.
     """
 
     def __init__(
@@ -59,53 +61,58 @@ class AdaptiveGamma:
         self._all = Acceptance(memory=_OF_ALL)
         self._requests: dict[int, Acceptance] = {}
         self._times: dict[int, deque[float]] = {}
-        # Two different γ are needed to tell t0 from t1.
-        self._warm_up = [] if cost is not None else [max_drafts // 2, max_drafts, 0]
+        half = (max_drafts + 1) // 2
+        # The first pass reads the prompt and is not timed; a line needs two points.
+        self._warm_up = [] if cost is not None else [half, half, 0, max_drafts, 0]
         self._passes = 0
-        self._trial = 0
 
     def begin_pass(self) -> None:
         """To be called once before the γ of a pass's requests are chosen."""
         self._passes += 1
-        self._trial = 0
-        if self._passes % self.explore == 0:
-            self._trial = 1 if self._passes % (2 * self.explore) else -1
 
     def choose(self, id: int) -> int:
         """γ for a request in this pass."""
         if self._passes <= len(self._warm_up):
             return self._warm_up[self._passes - 1]
         best = self.best(self.acceptance(id))
-        trial = abs(self._trial) if best == 0 else self._trial
-        return min(best + trial, self.max_drafts)
+        turn, rest = divmod(self._passes, self.explore)
+        if rest:
+            return best
+        others = [min(best + 1, self.max_drafts), max(best - 1, 1), 0]
+        return others[turn % 3]
 
     def best(self, acceptance: float) -> int:
         """The γ of the most tokens a second at this α, the smallest of equals."""
-        cost = self.cost
-        speeds = [
-            expected_tokens(acceptance, gamma) / (1 + cost * gamma)
-            for gamma in range(self.max_drafts + 1)
-        ]
+        seconds = self.seconds()
+        speeds = [expected_tokens(acceptance, gamma) / t for gamma, t in enumerate(seconds)]
         return speeds.index(max(speeds))
+
+    def seconds(self) -> list[float]:
+        """T(0) … T(max_drafts): by ``cost`` in units of T(0), else by what was measured."""
+        gammas = range(self.max_drafts + 1)
+        medians = {gamma: statistics.median(times) for gamma, times in self._times.items()}
+        drafted = {gamma: t for gamma, t in medians.items() if gamma > 0}
+        if self._cost is not None or not drafted:
+            cost = _UNKNOWN_COST if self._cost is None else self._cost
+            return [1 + cost * gamma for gamma in gammas]
+        points = drafted if len(drafted) > 1 else medians
+        if len(points) > 1:
+            slope, intercept = statistics.linear_regression(list(points), list(points.values()))
+            # A line that noise tilted is cut to what is possible: drafts take no less than no
+            # time, and a pass is not free.
+            slope, intercept = max(slope, 0.0), max(intercept, 0.1 * min(points.values()))
+        else:
+            ((gamma, t),) = points.items()
+            intercept = t / (1 + _UNKNOWN_COST * gamma)
+            slope = _UNKNOWN_COST * intercept
+        line = [intercept + slope * gamma for gamma in gammas]
+        return [medians.get(0, line[0]), *line[1:]]
 
     def acceptance(self, id: int) -> float:
         """α of a request: its own record, and for want of that everybody's."""
         common = self._all.rate_given(self._acceptance, _PRIOR_TESTS)
         own = self._requests.get(id)
         return common if own is None else own.rate_given(common, _PRIOR_TESTS)
-
-    @property
-    def cost(self) -> float:
-        """t1 / t0: what was given, or the line of least squares through the median times."""
-        if self._cost is not None:
-            return self._cost
-        points = {gamma: statistics.median(times) for gamma, times in self._times.items()}
-        if len(points) < 2:
-            return 0.2  # nothing is known yet
-        slope, intercept = statistics.linear_regression(list(points), list(points.values()))
-        # A line that noise tilted is cut to what is possible: drafts are never a gain of time,
-        # nor is a pass without any free.
-        return max(slope, 0.0) / max(intercept, 0.1 * min(points.values()))
 
     def observe(self, id: int, num_drafts: int, num_accepted: int) -> None:
         """The outcome of a request's drafts."""
@@ -141,6 +148,7 @@ class PacedDraft(Draft):
         self.max_drafts = gamma if isinstance(gamma, int) else gamma.max_drafts
         self.record = Acceptance()
         self._begun: float | None = None
+        self._met: set[int] = set()
         self._drafts_per_request = 0.0
 
     @abstractmethod
@@ -155,7 +163,10 @@ class PacedDraft(Draft):
         else:
             limits = [min(self.gamma, r.max_drafts) for r in requests]
         proposal = self.draft(requests, limits)
-        self._begun = begun if requests else None
+        newcomers = [r.id for r in requests if r.id not in self._met]
+        self._met.update(newcomers)
+        # A pass in which a draft reads a prompt says nothing of those to come.
+        self._begun = None if newcomers else begun
         if requests:
             self._drafts_per_request = float(proposal.num_drafts.float().mean())
         return proposal
@@ -171,5 +182,6 @@ class PacedDraft(Draft):
         self._begun = None
 
     def release(self, id: int) -> None:
+        self._met.discard(id)
         if isinstance(self.gamma, AdaptiveGamma):
             self.gamma.forget(id)
