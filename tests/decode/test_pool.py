@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from forward_passes import Sequences, alone, poison, prompts, runner_of
 from plain_models import PlainLm
 
@@ -163,6 +164,13 @@ def test_scales_of_another_text():
     assert torch.equal(drawn[0][0], measure_scales(model, FLOAT8)[0][0])
     # Random tokens make keys of the size that others make.
     assert all((a / b > 0.5).all() and (a / b < 2).all() for a, b in zip(drawn[1], own[1]))  # noqa: B905
+
+
+def test_scales_of_a_model_for_short_texts():
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=20)
+    )
+    assert len(measure_scales(model, torch.int8)) == 1
 
 
 def test_scales_that_cannot_be_measured():

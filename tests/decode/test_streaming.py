@@ -241,7 +241,9 @@ def test_an_error_leaves_the_stream_as_it_was():
 
 def longrope():
     factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
-    return of_family("Llama", **rope("longrope", original_max_position_embeddings=32, **factors))
+    return of_family(
+        "Llama", **rope("longrope", factor=2.0, original_max_position_embeddings=32, **factors)
+    )
 
 
 def alibi_like():

@@ -35,8 +35,9 @@ def measure_scales(
 
     Args:
         cache_dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
-        tokens: a text that is like those to come; by default 256 tokens drawn at random, always the
-            same ones. What makes keys large is channels more than tokens.
+        tokens: a text that is like those to come; by default 256 tokens (or as many as the model
+            takes) drawn at random, always the same ones. What makes keys large is channels more
+            than tokens.
 
     Raises:
         TypeError: another cache_dtype. ValueError: no tokens; keys that are not finite.
@@ -49,8 +50,9 @@ def measure_scales(
     paged = model if isinstance(model, PagedModel) else PagedModel(model)
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
-        vocabulary = paged.geometry.vocab_size
-        tokens = torch.randint(vocabulary, (256,), generator=generator).tolist()
+        longest = getattr(getattr(paged.model, "config", None), "max_position_embeddings", 256)
+        size = (min(256, longest),)
+        tokens = torch.randint(paged.geometry.vocab_size, size, generator=generator).tolist()
     if not len(tokens):
         raise ValueError("measure_scales: tokens must be one or more")
     pool = CachePool.for_model(
