@@ -30,7 +30,7 @@ def engine_of(model, **options):
     return Engine(model, **{"num_blocks": 200, "block_size": 4, **options})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma", "pythia", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma", "opt", "pythia", "gpt2"])
 def test_greedy_tokens_are_those_of_transformers(family):
     pytest.importorskip("transformers")
     from tiny_transformers import build

@@ -15,6 +15,7 @@ from plain_models import PlainLm
 import pumice
 from pumice import cli
 from pumice.decode import Engine, GenerationError, SamplingParams
+from pumice.decode.draft_model import ModelDraft
 
 pytest.importorskip("transformers")
 
@@ -289,6 +290,15 @@ def test_the_command_says_what_is_wrong(run, folder):
     code, _, err = run(folder, "--prompt", "Hello", "--chat")
     assert code == 1
     assert "no chat template" in err
+
+
+def test_a_draft_saves_passes_and_changes_no_token(model, tokenizer, engines):
+    options = {"tokenizer": tokenizer, "max_new_tokens": 20}
+    expected = pumice.generate(model, TEXTS, **options)
+    found = pumice.generate(model, TEXTS, draft=ModelDraft(model, 3), **options)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert engines[-1].stats().passes < engines[0].stats().passes / 3
+    assert engines[-1].stats().accepted > 40
 
 
 def test_params_are_as_given():
