@@ -95,7 +95,7 @@ Tensor sparse24_linear(Tensor x, Tensor values, Tensor meta, std::optional<Tenso
   const Sparse24LinearArgs args = check_sparse24_linear(x, values, meta, bias);
   Tensor y = new_empty(x, shape_with_last(x, args.weight.n));
   if (args.m == 0) return y;
-  if (args.m <= kSparse24FewRows) {
+  if (args.m <= sparse24_float_kernels().few_rows(args.dtype)) {
     few_rows(args, y);
   } else {
     multiply_decompressed(args, bias, y);
@@ -134,7 +134,7 @@ Tensor sparse24_int8_linear(Tensor q, Tensor scale, Tensor values, Tensor meta, 
       check_sparse24_int8_linear(q, scale, values, meta, weight_scale, bias, out_dtype);
   Tensor y = new_empty(q, shape_with_last(q, args.weight.n), out_dtype);
   if (args.m == 0) return y;
-  if (args.m <= kSparse24FewRows) {
+  if (args.m <= sparse24_int8_kernels().few_rows) {
     few_rows(args, y);
   } else {
     multiply_decompressed(args, y);
@@ -178,10 +178,9 @@ Tensor sparse24_int4_linear(Tensor x, Tensor qvalues, Tensor meta, Tensor scales
   check_zeros("pumice::sparse24_int4_linear", args.kept);
   Tensor y = new_empty(x, shape_with_last(x, args.kept.n));
   if (args.m == 0) return y;
-  const bool digits = bits == 4 && sparse24_int4_kernels().exist;
-  if (digits && args.m <= kSparse24FewRows) {
+  if (bits == 4 && args.m <= sparse24_int4_kernels().few_rows) {
     few_rows(args, y);
-  } else if (digits && args.kept.zero_kind != ZeroKind::kFloat) {
+  } else if (bits == 4 && int4_panel_kernels().exist && args.kept.zero_kind != ZeroKind::kFloat) {
     multiply_decompressed(args, y);
   } else {
     multiply_dequantized(args, bias, y);

@@ -12,8 +12,8 @@ namespace {
 
 using torch::stable::new_empty;
 
-// Elements of a chunk of the weight: of 8 MB in fp32, 4 MB in 16 bit.
-constexpr int64_t kChunkElements = int64_t{1} << 21;
+// Elements of a chunk of the weight: of 4 MB in fp32, 2 MB in 16 bit.
+constexpr int64_t kChunkElements = int64_t{1} << 20;
 
 Tensor part(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(tensor, dim, start, length);

@@ -6,6 +6,9 @@
 // Floor: the bytes of the weight over the bandwidth of memory: of the dense weight's, half and 1/32
 // (fp32) or 1/16 (16 bit) for the places. Each register of kept weights costs one shift for the
 // places, a load and conversion, and for each row of x two permutations and a multiply-add.
+// 4096², M = 1, one thread of a Zen 4 at 21 GB/s beside busy neighbours: fp32 1.7 ms (35.7 MB, at
+// the floor; torch's dense product 3.1), bf16 0.96 ms (18.9 MB; torch 3.0), fp16 0.95 ms
+// (torch 1.6).
 #include <algorithm>
 #include <cstring>
 
@@ -19,6 +22,13 @@ namespace pumice::cpu::PUMICE_ISA {
 namespace {
 
 constexpr int64_t kBlock = 2 * kFloats;  // columns
+
+// Measured beside decompressed chunks and torch's product, which is fast for bf16 where the
+// processor multiplies it.
+int64_t few_rows(DType dtype) {
+  if (sizeof(Lanes) == 64) return dtype == DType::kBFloat16 ? 10 : 16;
+  return sizeof(Lanes) == 32 ? 8 : 4;
+}
 
 int64_t prepared_row(int64_t k) { return (k + kBlock - 1) / kBlock * kBlock; }
 
@@ -109,6 +119,6 @@ void gemm(const Sparse24FloatJob& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Sparse24FloatKernels sparse24_float_kernels = {prepared_row, prepare, gemm};
+const Sparse24FloatKernels sparse24_float_kernels = {few_rows, prepared_row, prepare, gemm};
 
 }  // namespace pumice::cpu::PUMICE_ISA

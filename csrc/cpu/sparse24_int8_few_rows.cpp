@@ -4,7 +4,9 @@
 // kept weight its element of q is picked in a register.
 //
 // Floor: the bytes of the weight over the bandwidth of memory, five eighths of the dense weight's:
-// N·K/2 of values and N·K/8 of places.
+// N·K/2 of values and N·K/8 of places. 4096², M = 1, one thread of a Zen 4 at 21 GB/s beside busy
+// neighbours: 0.46 ms (10.5 MB, at the floor; the dense kernel 0.87); AVX2, 20 instructions for
+// each 32 weights, 0.89 ms (dense 0.96).
 #include <algorithm>
 #include <cstring>
 
@@ -106,6 +108,7 @@ void gemm(const Sparse24Int8Job& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Sparse24Int8Kernels sparse24_int8_kernels = {prepared_row, prepare, gemm};
+const Sparse24Int8Kernels sparse24_int8_kernels = {kBytes == 64 ? 8 : 4, prepared_row, prepare,
+                                                   gemm};
 
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -34,9 +34,6 @@ struct Sparse24WeightKernels {
                              int64_t begin, int64_t end);
 };
 
-// No more rows of x than this go into one call of a kernel for few rows.
-constexpr int64_t kSparse24FewRows = 4;
-
 // y[m,n] = Σ_j x[m,c(n,j)] · values[n,j] + bias[n] of floating-point weights.
 struct Sparse24FloatJob {
   const void* x;  // [M, K]
@@ -50,6 +47,8 @@ struct Sparse24FloatJob {
 };
 
 struct Sparse24FloatKernels {
+  // Up to so many rows of x are "few": beyond, decompressing costs less.
+  int64_t (*few_rows)(DType dtype);
   int64_t (*prepared_row)(int64_t k);  // floats
   // `row` is room for as many.
   void (*prepare)(const Sparse24FloatJob& job, float* row);
@@ -74,6 +73,7 @@ struct Sparse24Int8Job {
 };
 
 struct Sparse24Int8Kernels {
+  int64_t few_rows;
   int64_t (*prepared_row)(int64_t k);  // bytes
   // `row` is room for as many.
   void (*prepare)(const Sparse24Int8Job& job, uint8_t* row);
@@ -96,7 +96,7 @@ struct Sparse24Int4Job {
 };
 
 struct Sparse24Int4Kernels {
-  bool exist;  // on this instruction set
+  int64_t few_rows;  // 0 where the instruction set has no such kernel
   int64_t (*digits_row)(int64_t k, int planes);
   int64_t (*scales_row)(int64_t k);
   // Floats of scratch memory that prepare and gemm need.

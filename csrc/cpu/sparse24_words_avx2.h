@@ -34,17 +34,15 @@ inline WordBytes kept_bytes(const uint32_t* words, int64_t count) {
   return kept_bytes(first);
 }
 
-// Where they lie in the chunk of 16 columns of their word: 4 · group + place. The two bytes of meta
-// of a word become nibbles, one in each byte.
+// Where they lie in the chunk of 16 columns of their word: 4 · group + place. Of each byte of meta
+// the two nibbles come to lie in two bytes.
 inline WordBytes word_places(const uint8_t* meta) {
   const __m256i bases = _mm256_set1_epi32(0x0c080400), place = _mm256_set1_epi8(3);
-  const __m256i word =
-      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(meta)));
-  const __m256i halves = _mm256_and_si256(_mm256_or_si256(word, _mm256_slli_epi32(word, 8)),
-                                          _mm256_set1_epi32(0x00ff00ff));
-  const __m256i nibbles = _mm256_or_si256(halves, _mm256_slli_epi32(halves, 4));
+  const __m256i bytes =
+      _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(meta)));
+  const __m256i nibbles = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4));
   return interleave(_mm256_or_si256(_mm256_and_si256(nibbles, place), bases),
-                    _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(nibbles, 2), place), bases));
+                    _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(nibbles, 2), place), bases));
 }
 
 inline WordBytes word_places(const uint8_t* meta, int64_t count) {
@@ -63,18 +61,26 @@ inline WordBytes pick(const int8_t* x, const WordBytes& places) {
           _mm256_blend_epi32(from(2, places.high), from(3, places.high), 0xcc)};
 }
 
-inline IntLanes zero_sums() { return _mm256_setzero_si256(); }
-inline IntLanes shift_digit(IntLanes sums) { return _mm256_slli_epi32(sums, 8); }
-
-// sums + Σ bytes · digits of each four; pairs of nibbles times bytes stay within 16 bits.
-inline IntLanes add_dots(IntLanes sums, __m256i bytes, __m256i digits) {
-  const __m256i pairs = _mm256_maddubs_epi16(bytes, digits);
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// Σ bytes · (256 · first digit + second digit) of each four, of one register
+inline IntLanes dot_digits(__m256i bytes, __m256i first, __m256i second) {
+  const __m256i high = _mm256_maddubs_epi16(bytes, first);
+  const __m256i low = _mm256_maddubs_epi16(bytes, second);
+  return _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(256)),
+                          _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
 }
 
-inline IntLanes add_masses(IntLanes sums, __m256i digits) {
-  return add_dots(sums, _mm256_set1_epi8(1), digits);
+// and of both. Four products of a nibble and a byte stay within 16 bits.
+inline IntLanes dot_digits(const WordBytes& bytes, const WordBytes& first,
+                           const WordBytes& second) {
+  const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(bytes.low, first.low),
+                                        _mm256_maddubs_epi16(bytes.high, first.high));
+  const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(bytes.low, second.low),
+                                       _mm256_maddubs_epi16(bytes.high, second.high));
+  return _mm256_add_epi32(_mm256_madd_epi16(high, _mm256_set1_epi16(256)),
+                          _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
 }
+
+inline __m256i all_ones() { return _mm256_set1_epi8(1); }
 
 }  // namespace
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -32,17 +32,15 @@ inline WordBytes kept_bytes(const uint32_t* words, int64_t count) {
   return interleave(nibbles.even, nibbles.odd);
 }
 
-// Where they lie in the chunk of 16 columns of their word: 4 · group + place. The two bytes of meta
-// of a word become nibbles, one in each byte.
+// Where they lie in the chunk of 16 columns of their word: 4 · group + place. Of each byte of meta
+// the two nibbles come to lie in two bytes.
 inline WordBytes places_of(__m256i meta) {
   const __m512i bases = _mm512_set1_epi32(0x0c080400), place = _mm512_set1_epi8(3);
-  const __m512i word = _mm512_cvtepu16_epi32(meta);
-  const __m512i halves = _mm512_ternarylogic_epi32(word, _mm512_slli_epi32(word, 8),
-                                                   _mm512_set1_epi32(0x00ff00ff), 0xa8);
-  const __m512i nibbles =
-      _mm512_ternarylogic_epi32(halves, _mm512_slli_epi32(halves, 4), _mm512_set1_epi8(0x0f), 0xa8);
-  return interleave(_mm512_ternarylogic_epi32(nibbles, place, bases, 0xea),
-                    _mm512_ternarylogic_epi32(_mm512_srli_epi32(nibbles, 2), place, bases, 0xea));
+  const __m512i bytes = _mm512_cvtepu8_epi16(meta);
+  const __m512i nibbles = _mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4));
+  return interleave(
+      _mm512_ternarylogic_epi32(nibbles, place, bases, 0xea),  // (nibbles & place) | bases
+      _mm512_ternarylogic_epi32(_mm512_srli_epi16(nibbles, 2), place, bases, 0xea));
 }
 
 inline WordBytes word_places(const uint8_t* meta) {
@@ -64,17 +62,22 @@ inline WordBytes pick(const int8_t* x, const WordBytes& places) {
                                places.high)};
 }
 
-inline IntLanes zero_sums() { return _mm512_setzero_si512(); }
-inline IntLanes shift_digit(IntLanes sums) { return _mm512_slli_epi32(sums, 8); }
-
-// sums + Σ bytes · digits of each four
-inline IntLanes add_dots(IntLanes sums, __m512i bytes, __m512i digits) {
-  return _mm512_dpbusd_epi32(sums, bytes, digits);
+// Σ bytes · (256 · first digit + second digit) of each four, of one register
+inline IntLanes dot_digits(__m512i bytes, __m512i first, __m512i second) {
+  const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes, first);
+  return _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), bytes, second);
 }
 
-inline IntLanes add_masses(IntLanes sums, __m512i digits) {
-  return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), digits);
+// and of both.
+inline IntLanes dot_digits(const WordBytes& bytes, const WordBytes& first,
+                           const WordBytes& second) {
+  const __m512i high = _mm512_dpbusd_epi32(
+      _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes.low, first.low), bytes.high, first.high);
+  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), bytes.low, second.low),
+                             bytes.high, second.high);
 }
+
+inline __m512i all_ones() { return _mm512_set1_epi8(1); }
 
 }  // namespace
 }  // namespace pumice::cpu::PUMICE_ISA
