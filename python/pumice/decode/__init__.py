@@ -30,6 +30,12 @@ from pumice.decode.pool import CachePool
 from pumice.decode.request import SamplingParams, UnknownRequestError
 from pumice.decode.runner import ModelRunner
 from pumice.decode.speculative import TreeDecoder
+from pumice.decode.stream_perplexity import (
+    StreamPerplexity,
+    recomputed_perplexity,
+    stream_perplexity,
+)
+from pumice.decode.streaming import StreamingModel
 
 if TYPE_CHECKING:
     from pumice.decode.paged_cache import PagedCache
@@ -61,6 +67,8 @@ __all__ = [
     "SamplingParams",
     "Stats",
     "Step",
+    "StreamPerplexity",
+    "StreamingModel",
     "Tree",
     "TreeDecoder",
     "TreeDraft",
@@ -69,6 +77,8 @@ __all__ = [
     "compressed_draft",
     "expected_tokens",
     "generate",
+    "recomputed_perplexity",
+    "stream_perplexity",
 ]
 
 
