@@ -137,7 +137,7 @@ class StreamingModel:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def generate(
-        self, prompt: Sequence[int] | Tensor = (), params: SamplingParams | None = None
+        self, prompt: Sequence[int] | Tensor, params: SamplingParams | None = None
     ) -> Iterator[int]:
         """Read a prompt, then give one token after the other, without end.
 
@@ -145,7 +145,7 @@ class StreamingModel:
         another turn may follow in another call.
 
         Args:
-            prompt: continues the stream; may be empty only where ``start`` has been read before.
+            prompt: one or more tokens, which continue the stream.
             params: temperature, top_k, top_p, min_p and seed count; stopping is up to the caller.
         """
         params = params or SamplingParams()
