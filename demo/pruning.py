@@ -23,7 +23,7 @@ from demo.methods import UNCOMPRESSED, Method
 from demo.results import Row
 from pumice import _console
 
-SIZES = {"windows": 8, "prefill": 256, "rounds": 3}
+SIZES = {"windows": 6, "prefill": 256, "rounds": 3}
 WINDOWS = 8  # that a method looks at
 
 MAGNITUDE = Method("magnitude50", "50% by magnitude", pumice.Magnitude(0.5))
