@@ -143,22 +143,35 @@ class Forward {
 
   template <bool kPartial>
   void softmax(int32_t row, int32_t n0, int left, int right, uint64_t visible) {
-    const int32_t h = row / queries_, i = task_.m0 + row % queries_;
     const ScoreRule& score = problem_.score;
-    RowScore rule{score.softmax_scale * key_scale_, score.softcap, 0.0f,
-                  score.alibi_slopes != nullptr, mask_.position(i) - n0};
-    if (!(score.softcap > 0.0f)) rule.scale *= kLog2E;
-    if (rule.alibi) {
-      rule.slope =
-          kLog2E * score.alibi_slopes[task_.batch * score.alibi_batch_stride + task_.head + h];
+    const bool alibi = score.alibi_slopes != nullptr;
+    float factor;
+    if (score.softcap > 0.0f) {
+      factor = alibi ? softmax_by<kPartial, true, true>(row, n0, left, right, visible)
+                     : softmax_by<kPartial, true, false>(row, n0, left, right, visible);
+    } else {
+      factor = alibi ? softmax_by<kPartial, false, true>(row, n0, left, right, visible)
+                     : softmax_by<kPartial, false, false>(row, n0, left, right, visible);
     }
-    const float factor =
-        softmax_row<kPartial>(tile_.scores.row(row), left, right, visible, rule, state(row));
     if (factor == 1.0f) return;
     float* row_sums = tile_.sums.row(row);
     for (int64_t d = 0; d < tile_.sums.stride; d += kLanes) {
       store(row_sums + d, multiply(load(row_sums + d), broadcast(factor)));
     }
+  }
+
+  template <bool kPartial, bool kSoftcap, bool kAlibi>
+  float softmax_by(int32_t row, int32_t n0, int left, int right, uint64_t visible) {
+    const ScoreRule& score = problem_.score;
+    const int32_t i = task_.m0 + row % queries_;
+    RowScore<kSoftcap, kAlibi> rule{score.softmax_scale * key_scale_, score.softcap, 0.0f,
+                                    mask_.position(i) - n0};
+    if constexpr (!kSoftcap) rule.scale *= kLog2E;
+    if constexpr (kAlibi) {
+      const int64_t head = task_.head + row / queries_;
+      rule.slope = kLog2E * score.alibi_slopes[task_.batch * score.alibi_batch_stride + head];
+    }
+    return softmax_row<kPartial>(tile_.scores.row(row), left, right, visible, rule, state(row));
   }
 
   void finish() {

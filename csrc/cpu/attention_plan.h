@@ -78,12 +78,14 @@ class AttentionPlan {
   // The task without its outputs, and which part of the keys it is.
   int64_t describe(const SequencePlan& sequence, int64_t index, AttentionTask& task) const {
     index -= sequence.first_task;
-    const int64_t part = index % sequence.parts;
-    index /= sequence.parts;
-    const int64_t blocks = ceil_div(sequence.q_len, queries_);
+    // Heads follow each other over the same keys, which lie side by side, token by token: what one
+    // head has made the processor fetch and translate (lines nearby, pages) serves the next.
+    const int64_t chunk = index % head_chunks_;
+    index /= head_chunks_;
+    const int64_t part = index % sequence.parts, blocks = ceil_div(sequence.q_len, queries_);
     // The last queries first: under a causal mask they see most, and short tasks at the end leave
     // no thread waiting.
-    const int64_t block = blocks - 1 - index / head_chunks_, chunk = index % head_chunks_;
+    const int64_t block = blocks - 1 - index / sequence.parts;
     const int64_t chunks = head_chunks_ / problem_.kv_heads;
     const int64_t in_group = chunk % chunks * heads_;
     task.batch = sequence.batch;

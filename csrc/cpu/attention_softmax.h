@@ -20,21 +20,23 @@ namespace {
 constexpr float kSlack = 8.0f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// What makes a score of the products of one row with keys n0, n0 + 1, …
+// What makes a score of the products of one row with keys n0, n0 + 1, … Whether there is a softcap
+// or ALiBi is known when it is compiled: the loop over keys has no branch, which would cost as much
+// as the rest of it (and with which GCC 12 vectorised a loop like it wrongly).
+template <bool kSoftcap, bool kAlibi>
 struct RowScore {
-  float scale;    // softmax_scale / ln 2; without the division where softcap follows
-  float softcap;  // 0: none
-  float slope;    // of ALiBi, over ln 2
-  bool alibi;
+  float scale;  // softmax_scale / ln 2; without the division where softcap follows
+  float softcap;
+  float slope;       // of ALiBi, over ln 2
   int32_t distance;  // p - n0
 
   PUMICE_VECTOR Vec operator()(Vec product, int column) const {
     Vec score = multiply(product, broadcast(scale));
-    if (softcap > 0.0f) {
+    if constexpr (kSoftcap) {
       score = tanh(multiply(score, broadcast(1.0f / softcap)));
       score = multiply(score, broadcast(softcap * kLog2E));
     }
-    if (alibi) {
+    if constexpr (kAlibi) {
       float lanes[kLanes];
       for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(distance - column - i);
       score = subtract(score, multiply(broadcast(slope), magnitude(load(lanes))));
@@ -51,9 +53,9 @@ struct RowState {
 
 // products[first, last) become probabilities, 0 where `visible` (if kPartial) has no bit; first and
 // last are multiples of kLanes. Returns what to multiply earlier sums with.
-template <bool kPartial>
-inline float softmax_row(float* products, int first, int last, uint64_t visible,
-                         const RowScore& rule, const RowState& state) {
+template <bool kPartial, class Rule>
+inline float softmax_row(float* products, int first, int last, uint64_t visible, const Rule& rule,
+                         const RowState& state) {
   Vec greatest = broadcast(-kInfinity);
   for (int j = first; j < last; j += kLanes) {
     Vec score = rule(load(products + j), j);

@@ -12,22 +12,44 @@ namespace pumice::cpu::PUMICE_ISA {
 
 constexpr float kLargestFloat8 = 448.0f;
 
-// The float16 of x · 2^-8, exactly: the biases of the exponents are 8 apart.
+// Float8 to float16 by two shifts, for the biases of the exponents are 8 apart: the float16 with
+// the byte's bits is x · 2^-8, exactly. With the sign in the two highest bits before, the second of
+// them must go. Only the magnitude of NaN carries into that bit when one is added to its last
+// place, and with it set all bits of the exponent are.
+constexpr float kFloat8OfFloat16 = 256.0f;
 inline uint16_t float8_to_float16_bits(uint8_t x) {
-  const uint16_t wide = x, magnitude = wide & 0x7fu;
-  const uint16_t nan = magnitude == 0x7fu ? 0x7e00u : 0u;  // no infinity, one NaN
-  return static_cast<uint16_t>(magnitude << 7 | (wide & 0x80u) << 8 | nan);
+  const uint16_t bits = static_cast<uint16_t>(static_cast<int8_t>(x) * 0x80) & 0xbf80u;
+  return static_cast<uint16_t>(bits | ((bits + 0x80u) & 0x4000u));
 }
 
 // out[i] = float(x[i])
 inline void load_float8(const uint8_t* x, int64_t count, float* out) {
-  constexpr int64_t kPiece = 64;
-  uint16_t halves[kPiece];
-  for (int64_t i = 0; i < count; i += kPiece) {
-    const int64_t n = std::min(kPiece, count - i);
-    for (int64_t j = 0; j < n; ++j) halves[j] = float8_to_float16_bits(x[i + j]);
-    load_elements(halves, DType::kFloat16, 0, n, out + i);
-    for (int64_t j = 0; j < n; ++j) out[i + j] *= 256.0f;
+  int64_t i = 0;
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
+  const __m256i one = _mm256_set1_epi16(0x80), nan = _mm256_set1_epi16(0x4000);
+  for (; i + 16 <= count; i += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    bits = _mm256_and_si256(bits, mask);
+    bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_add_epi16(bits, one), nan));
+    const __m512 scaled = _mm512_cvtph_ps(bits);
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(scaled, _mm512_set1_ps(kFloat8OfFloat16)));
+  }
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i mask = _mm_set1_epi16(static_cast<int16_t>(0xbf80));
+  const __m128i one = _mm_set1_epi16(0x80), nan = _mm_set1_epi16(0x4000);
+  for (; i + 8 <= count; i += 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + i));
+    __m128i bits = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+    bits = _mm_and_si128(bits, mask);
+    bits = _mm_or_si128(bits, _mm_and_si128(_mm_add_epi16(bits, one), nan));
+    const __m256 scaled = _mm256_cvtph_ps(bits);
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(scaled, _mm256_set1_ps(kFloat8OfFloat16)));
+  }
+#endif
+  for (; i < count; ++i) {
+    out[i] = float16_to_float(float8_to_float16_bits(x[i])) * kFloat8OfFloat16;
   }
 }
 
