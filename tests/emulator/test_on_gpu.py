@@ -101,6 +101,12 @@ def test_intrinsic(both_bodies: Bodies, name: str) -> None:
     assert_same(both_bodies, "intrinsic", name, *words, torch.zeros(1000, dtype=torch.int32))
 
 
+def test_e4m3(both_bodies: Bodies) -> None:
+    pairs = torch.arange(2**16, dtype=torch.int32).view(64, 1024)
+    for words in pairs:
+        assert_same(both_bodies, "e4m3", words.contiguous(), torch.zeros(1024, dtype=torch.int32))
+
+
 def test_gemm(both_bodies: Bodies) -> None:
     a = torch.randint(-128, 128, (128, 192), dtype=torch.int8)
     b = torch.randint(-128, 128, (256, 192), dtype=torch.int8)

@@ -193,6 +193,18 @@ def test_exp2(selftest: Selftest) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2.0**-22, atol=0, equal_nan=True)
 
 
+def test_e4m3(selftest: Selftest) -> None:
+    """Every byte in both halves; NaN of either sign is 0x7fff."""
+    every = torch.arange(256, dtype=torch.int32)
+    pairs = every | every.flip(0) << 8
+    y = selftest("e4m3", pairs, torch.zeros_like(pairs)).view(torch.float16).view(256, 2)
+    exact = every.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float16)
+    for half, expected in ((y[:, 0], exact), (y[:, 1], exact.flip(0))):
+        assert torch.equal(half.isnan(), expected.isnan())
+        assert torch.equal(half.nan_to_num(7e3), expected.nan_to_num(7e3))
+        assert (half[half.isnan()].view(torch.int16) == 0x7FFF).all()
+
+
 def test_thread_index(selftest: Selftest) -> None:
     """Of blocks of 128 threads."""
     y = torch.zeros(300, dtype=torch.int32)

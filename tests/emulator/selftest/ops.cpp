@@ -9,6 +9,7 @@ SELFTEST_LIBRARY(m) {
   m.def("cp_async(Tensor x, Tensor valid, int size, Tensor(y!) y) -> ()");
   m.def("load_streaming(Tensor x, int size, Tensor(y!) y) -> ()");
   m.def("exp2(Tensor x, Tensor(y!) y) -> ()");
+  m.def("e4m3(Tensor x, Tensor(y!) y) -> ()");
   m.def("store_16(Tensor x, Tensor(y!) y) -> ()");
 
   // Shuffles, votes, reductions, atomics and integer intrinsics (collectives.cu).

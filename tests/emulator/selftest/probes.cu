@@ -2,6 +2,7 @@
 #include <string>
 
 #include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/cvt_e4m3.h"
 #include "cuda/ptx/exp2.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/load.h"
@@ -76,6 +77,10 @@ __global__ void exp2_probe(const float* x, float* y) {
   y[threadIdx.x] = ptx::exp2_approx(x[threadIdx.x]);
 }
 
+__global__ void e4m3_probe(const int* x, int* y) {
+  y[threadIdx.x] = static_cast<int>(ptx::e4m3x2_to_f16x2(static_cast<uint32_t>(x[threadIdx.x])));
+}
+
 __global__ void store_probe(const uint4* x, uint4* y) {
   ptx::store_16(y + threadIdx.x, x[threadIdx.x]);
 }
@@ -131,6 +136,12 @@ void exp2(const Tensor& x, const Tensor& y) {
          read_pointer<float>(x), write_pointer<float>(y));
 }
 
+void e4m3(const Tensor& x, const Tensor& y) {
+  const DeviceGuard guard(x);
+  launch(e4m3_probe, 1, static_cast<unsigned>(x.numel()), 0, current_stream(x),
+         read_pointer<int32_t>(x), write_pointer<int32_t>(y));
+}
+
 void store_16(const Tensor& x, const Tensor& y) {
   const DeviceGuard guard(x);
   launch(store_probe, 1, static_cast<unsigned>(x.numel() / 16), 0, current_stream(x),
@@ -146,6 +157,7 @@ SELFTEST_IMPL(m) {
   m.impl("ldmatrix", TORCH_BOX(&pumice::cuda::ldmatrix));
   m.impl("cp_async", TORCH_BOX(&pumice::cuda::cp_async));
   m.impl("exp2", TORCH_BOX(&pumice::cuda::exp2));
+  m.impl("e4m3", TORCH_BOX(&pumice::cuda::e4m3));
   m.impl("store_16", TORCH_BOX(&pumice::cuda::store_16));
   m.impl("load_streaming", TORCH_BOX(&pumice::cuda::load_streaming));
 }
