@@ -15,6 +15,7 @@ import pumice
 import reference
 from backends import Backend, backend_named
 from cases import surrounded
+from pumice import _C
 from sparse24_cases import (
     SparseCase,
     dense_linear,
@@ -213,6 +214,8 @@ def test_few_rows_do_not_see_each_other() -> None:
         together = run_floating(backend, floating)
         alone = by_rows(backend, partial(run_floating, backend), floating, ("x",))
         assert torch.equal(together, alone)
+        if _C.cpu_isa() == "portable":  # packed weights are multiplied by torch there
+            continue
         packed = case.packed()
         together = run_packed(backend, case, packed)
         alone = by_rows(backend, partial(run_packed, backend, case), packed, ("x",))
