@@ -4,12 +4,12 @@
 // widened on the way from shared memory to the tensor cores (cache_tile.h).
 //
 // Floor while decoding: half the bytes of a 16-bit cache, half its time. On an H200 17 bytes arrive
-// at an SM in a clock. To widen them takes for 4 bytes 6 instructions of int8, or of float8 to fp16
-// 3 and to bf16 9 (sm_80: 14 and 20), of which an SM issues 64 lanes in a clock: at 17 bytes some
-// 0.2, 0.4 and 0.6 clocks, beside what the tensor cores do. Expected 85 % of the bytes' time with
-// int8 and fp16, 80 % with float8 and bf16. With many queries each warp widens the whole tile for
-// its own 32 rows, which at D = 128 takes longer than the products do: expected 60 % of the rate
-// with a 16-bit cache.
+// at an SM in a clock. Widening 4 bytes takes 3 instructions of float8 to fp16, 6 or 7 of int8 and
+// 9 of float8 to bf16 (sm_80: 14 and 20 of float8), of which an SM issues 64 lanes in a clock: for
+// 17 bytes 0.2, 0.4 and 0.6 clocks, beside what the tensor cores do. Expected 85 % of the bytes'
+// time with int8 or fp16, 80 % with float8 and bf16. With many queries each warp widens the whole
+// tile for its own 32 rows, which at D = 128 takes longer than the products do: expected 60 % of
+// the rate with a 16-bit cache. Counted, not measured: no GPU was at hand.
 #include "cuda/attention/paged_forward_kernel.h"
 
 namespace pumice::cuda {
