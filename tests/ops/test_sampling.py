@@ -131,6 +131,24 @@ def test_cumulative_sums_decide(backend: Backend) -> None:
         assert torch.allclose(logprobs, torch.tensor(1 / 8, device=backend.device).log())
 
 
+def test_borders_between_pieces_of_a_row(backend: Backend) -> None:
+    """Kernels add up chunks, segments, units: a border of theirs is one like others."""
+    for vocab in (512, 4096):
+        equal = torch.zeros(8, vocab, device=backend.device)
+        u = (torch.arange(8) / 8).to(backend.device)
+        tokens, _ = pumice.ops.sample(equal, uniforms=u)
+        assert tokens.tolist() == [vocab // 8 * i for i in range(8)]
+
+
+def test_top_p_is_a_part_of_what_min_p_removes_too(backend: Backend) -> None:
+    """After top_k, before min_p: 0.5 does not reach 0.6 of all, though 0.6 of 0.8."""
+    x = torch.full((1, 700), -torch.inf)
+    x[0, [3, 200, 400, 699]] = torch.tensor([0.5, 0.3, 0.1, 0.1]).log()
+    for keywords in ({"top_k": 4}, {"top_k": 600}, {}):
+        probs = pumice.ops.sampling_probs(x.to(backend.device), top_p=0.6, min_p=0.5, **keywords)
+        assert probs[0].nonzero().flatten().tolist() == [3, 200]
+
+
 def test_ties_are_cut_at_the_first(backend: Backend) -> None:
     x = torch.zeros(1, 700, device=backend.device)
     x[0, 650] = 1.0
