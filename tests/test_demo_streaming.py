@@ -27,8 +27,9 @@ def test_rows_and_table():
     Console(file=text, width=80).print(streaming.table(rows))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    for sees in ("everything", "window only 24", "sinks + window 4 + 20", "computed anew 24"):
+    for sees in ("everything", "last 24", "first 4, last 20", "last 24, anew"):
         assert any(line.lstrip().startswith(sees) for line in lines), text.getvalue()
+    assert "…" not in text.getvalue()
     short = streaming.verdict(rows, context=1000)
     long = streaming.verdict(rows, context=100)
     assert len(short) == 3
