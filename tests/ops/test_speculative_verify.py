@@ -129,6 +129,28 @@ def test_a_chain_of_one_by_hand(backend: Backend) -> None:
         assert accepted.tolist() == [int(u < 0.25)]
 
 
+def test_siblings_by_hand(backend: Backend) -> None:
+    """p = (.5, .3, .2) less (.9, .1, 0) is (0, .5, .5), and that less (0, .8, .2) is (0, 0, 1)."""
+    target = torch.full((1, 5, 3), 1 / 3)
+    target[0, 0], target[0, 2] = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.25, 0.25, 0.5])
+    draft = torch.tensor([[[0.9, 0.1, 0], [0, 0.8, 0.2], [0, 0, 1.0], [0.5, 0.5, 0]]])
+    tokens = torch.tensor([[0, 1, 2, 0]])
+    parents = torch.tensor([[-1, -1, -1, 1]], dtype=torch.int32)
+    for uniforms, path in (
+        ((0.55, 0.9, 0.9, 0.9), [0]),
+        ((0.56, 0.62, 0.9, 0.49), [1, 3]),  # 0.5 / 0.8; then 0.25 / 0.5 of another row
+        ((0.56, 0.62, 0.9, 0.51), [1]),
+        ((0.56, 0.63, 0.99, 0.0), [2]),
+    ):
+        u = torch.tensor([[*uniforms, 0.5]])
+        _, found, accepted = pumice.ops.speculative_verify_tree(
+            tokens.to(backend.device), parents.to(backend.device), target.to(backend.device),
+            draft_probs=draft.to(backend.device), uniforms=u.to(backend.device),
+        )  # fmt: skip
+        assert found.tolist() == [path + [-1] * (4 - len(path))]
+        assert accepted.tolist() == [len(path)]
+
+
 def test_greedy_is_plain_decoding(backend: Backend) -> None:
     """At temperature 0 drafts are accepted as long as they are the target's choice."""
     logits = torch.randn(4, 4, 333, generator=torch.Generator().manual_seed(0)).to(backend.device)
