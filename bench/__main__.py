@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +72,28 @@ def command(bench: Bench[Linear, Any]) -> Callable[..., None]:
     return run_with_options
 
 
+def command_of_cases(
+    bench: Bench[CaseT, Any], cases: Mapping[str, Callable[[], list[CaseT]]]
+) -> Callable[..., None]:
+    """The subcommand of a benchmark that has its own list of cases for each device."""
+
+    def run_with_options(
+        device: Device = "cpu",
+        only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
+        dtypes: Dtypes = "",
+        threads: Threads = 0,
+        seconds: Seconds = 1.0,
+        record: Record = False,
+        png: Picture = None,
+    ) -> None:
+        chosen = [case for case in cases[device]() if only in str(case)]
+        if not chosen:
+            raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
+        run(bench, chosen, device, dtypes, threads, seconds, record, png)
+
+    return run_with_options
+
+
 app.command("int8", help="W8A8 and LLM.int8() linears beside torch, fbgemm, aten, bitsandbytes.")(
     command(int8.BENCH)
 )
@@ -83,55 +105,20 @@ app.command("sparse24", help="2:4 linears, floating, int8 and int4, beside their
 )
 
 
-@app.command(name="attention")
-def attention_command(
-    device: Device = "cpu",
-    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
-    dtypes: Dtypes = "",
-    threads: Threads = 0,
-    seconds: Seconds = 1.0,
-    record: Record = False,
-    png: Picture = None,
-) -> None:
-    """Attention beside torch's kernels (flash, cuDNN, memory-efficient, math, flex), flash-attn."""
-    cases = [case for case in attention.CASES[device]() if only in str(case)]
-    if not cases:
-        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
-    run(attention.BENCH, cases, device, dtypes, threads, seconds, record, png)
-
-
-@app.command(name="paged")
-def paged_command(
-    device: Device = "cpu",
-    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
-    dtypes: Dtypes = "",
-    threads: Threads = 0,
-    seconds: Seconds = 1.0,
-    record: Record = False,
-    png: Picture = None,
-) -> None:
-    """Decoding over a paged cache beside contiguous keys, and gathering them for torch."""
-    cases = [case for case in paged.CASES[device]() if only in str(case)]
-    if not cases:
-        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
-    run(paged.BENCH, cases, device, dtypes, threads, seconds, record, png)
-
-
-@app.command(name="cache")
-def cache_command(
-    device: Device = "cpu",
-    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
-    dtypes: Dtypes = "",
-    threads: Threads = 0,
-    seconds: Seconds = 1.0,
-    record: Record = False,
-    png: Picture = None,
-) -> None:
-    """Writing and copying a paged cache, merging results, packing masks, beside plain torch."""
-    cases = [case for case in cache.CASES[device]() if only in str(case)]
-    if not cases:
-        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
-    run(cache.BENCH, cases, device, dtypes, threads, seconds, record, png)
+app.command(
+    "attention", help="Attention beside torch's (flash, cuDNN, efficient, math, flex), flash-attn."
+)(command_of_cases(attention.BENCH, attention.CASES))
+app.command(
+    "paged",
+    help="Decoding over a paged cache beside contiguous keys, gathering them for torch.",
+)(command_of_cases(paged.BENCH, paged.CASES))
+app.command(
+    "cache", help="Writing and copying a paged cache, merging, packing masks, beside plain torch."
+)(command_of_cases(cache.BENCH, cache.CASES))
+app.command(
+    "sampling",
+    help="Tokens from logits, verified drafts, beside sort, softmax, multinomial.",
+)(command_of_cases(sampling.BENCH, sampling.CASES))
 
 
 def run(
@@ -158,23 +145,6 @@ def run(
         console.print(f"recorded in {results.record(machine, bench.op, rows)}")
     if png:
         results.plot(rows, f"{bench.op}, {machine.name}", png)
-
-
-@app.command(name="sampling")
-def sampling_command(
-    device: Device = "cpu",
-    only: Annotated[str, typer.Option(help="cases whose names hold this")] = "",
-    dtypes: Dtypes = "",
-    threads: Threads = 0,
-    seconds: Seconds = 1.0,
-    record: Record = False,
-    png: Picture = None,
-) -> None:
-    """Tokens from logits, and verified drafts, beside torch's sort, softmax and multinomial."""
-    cases = [case for case in sampling.CASES[device]() if only in str(case)]
-    if not cases:
-        raise typer.BadParameter(f"no case holds {only!r}", param_hint="--only")
-    run(sampling.BENCH, cases, device, dtypes, threads, seconds, record, png)
 
 
 @app.command(name="outlier-weights")

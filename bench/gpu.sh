@@ -13,7 +13,7 @@ out=${OUT:-bench/results}
 
 # The suite on cuda, and every PTX wrapper in both bodies, which must agree bit for bit. For the
 # latter: cmake -S tests/emulator -B build/emulator -DPUMICE_SELFTEST_CUDA=ON, and build.
-"$python" -m pytest -q tests/ops tests/cuda -k cuda 2>&1 | tee "$out/pytest.log"
+"$python" -m pytest -q tests/ops tests/cuda tests/decode -k cuda 2>&1 | tee "$out/pytest.log"
 "$python" -m pytest -q tests/emulator/test_on_gpu.py 2>&1 | tee -a "$out/pytest.log"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
@@ -21,8 +21,9 @@ if command -v compute-sanitizer >/dev/null; then
       -k "cuda and not compile and not export and not opcheck" 2>&1 | tee "$out/$tool.log"
   done
 fi
-"$python" -m bench int8 --device cuda --record
-"$python" -m bench int4 --device cuda --record
+for op in int8 int4 sparse24 sampling cache; do
+  "$python" -m bench "$op" --device cuda --record
+done
 # Where dequantizing for torch's product overtakes int4_gemm: kInt4DequantizeFrom, projected as 512.
 "$python" -m bench int4 --device cuda --m 128,256,384,511 2>&1 | tee "$out/int4_crossover.log"
 "$python" -m bench attention --device cuda --record --png "$out/attention.png"

@@ -57,7 +57,7 @@ def rows(
     model: nn.Module,
     token_ids: Tensor,
     *,
-    tokens: int = 1024,
+    tokens: int = 1536,
     cache: int = 256,
     anew: int = 8,
     say: Callable[[str], None] = lambda line: None,
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.streaming", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=1536, help="default: %(default)s")
     parser.add_argument("--cache", type=int, default=256, help="tokens kept; default: %(default)s")
     parser.add_argument("--anew", type=int, default=8, help="computed anew; default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's choice")
