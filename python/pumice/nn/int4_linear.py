@@ -8,18 +8,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pumice.nn._int4_checks import (
-    INTEGERS,
+from pumice.nn._checks import (
     FloatType,
     Zeros,
-    check_options,
-    check_outlier_idx,
-    check_permutation,
+    check_grid,
+    check_kinds,
     check_tensor,
     check_zeros,
     float_type_of,
-    order_of,
     zeros_kind_of,
+)
+from pumice.nn._int4_checks import (
+    INTEGERS,
+    NAME,
+    check_counts,
+    check_outlier_idx,
+    check_permutation,
+    order_of,
 )
 from pumice.nn._linear import CompressedLinear
 from pumice.ops import int4_dequantize, int4_linear, int4_pack
@@ -106,7 +111,9 @@ class Int4Linear(CompressedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        check_options(bits, group_size, zeros_kind, scale_dtype, outliers, rank, dense_dtype)
+        check_grid(NAME, bits, group_size, multiple=16)
+        check_counts(outliers=outliers, rank=rank)
+        check_kinds(NAME, zeros_kind, scale_dtype=scale_dtype, dense_dtype=dense_dtype)
         self.bits = bits
         self.group_size = group_size
         self.zeros_kind = zeros_kind
@@ -176,7 +183,7 @@ class Int4Linear(CompressedLinear):
             TypeError, ValueError: a tensor of the wrong dtype or shape, or values out of range.
         """
         n, k = linear.out_features, linear.in_features
-        check_tensor("q", q, (n, k), (torch.uint8,))
+        check_tensor(NAME, "q", q, (n, k), (torch.uint8,))
         if bits < 8 and bool((q >= 2**bits).any()):
             raise ValueError(
                 f"Int4Linear: q holds values beyond {2**bits - 1}, the largest of {bits} bits"
@@ -199,10 +206,12 @@ class Int4Linear(CompressedLinear):
             group_size=group_size,
             zeros_kind=zeros_kind_of(zeros),
             permuted=perm is not None,
-            scale_dtype=float_type_of("scales", scales),
+            scale_dtype=float_type_of(NAME, "scales", scales),
             outliers=0 if outlier_weight is None else outlier_weight.shape[-1],
             rank=0 if lora_a is None else lora_a.shape[0],
-            dense_dtype="float16" if dense is None else float_type_of("outlier_weight", dense),
+            dense_dtype="float16"
+            if dense is None
+            else float_type_of(NAME, "outlier_weight", dense),
             device="meta",
             dtype=linear.weight.dtype,
         )
@@ -230,7 +239,7 @@ class Int4Linear(CompressedLinear):
             dtypes = INTEGERS
         elif name == "zeros":
             dtypes = (torch.uint8, self.scales.dtype)
-        check_tensor(name, tensor, tuple(buffer.shape), dtypes)
+        check_tensor(NAME, name, tensor, tuple(buffer.shape), dtypes)
         setattr(self, name, tensor.detach().to(buffer.dtype).contiguous())
 
     def _without_outliers(self, q: Tensor) -> Tensor:
@@ -256,7 +265,7 @@ class Int4Linear(CompressedLinear):
     def check_values(self, tensors: Mapping[str, Tensor | None]) -> None:
         zeros, perm, outlier_idx = (tensors.get(name) for name in self.checked)
         if zeros is not None and not zeros.is_meta:
-            check_zeros(zeros, self.bits)
+            check_zeros(NAME, zeros, self.bits)
         if perm is not None and not perm.is_meta:
             check_permutation(perm, self.in_features)
         if outlier_idx is not None and not outlier_idx.is_meta:

@@ -8,17 +8,23 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pumice.nn._int4_checks import FloatType, Zeros, zeros_kind_of
+from pumice.nn._checks import (
+    FloatType,
+    Zeros,
+    check_grid,
+    check_kinds,
+    check_tensor,
+    check_zeros,
+    float_type_of,
+    zeros_kind_of,
+)
 from pumice.nn._linear import CompressedLinear, check_finite_scale, check_linear
 from pumice.nn._sparse24_checks import (
+    NAME,
     check_columns,
     check_kept,
     check_metadata,
-    check_options,
-    check_tensor,
-    check_zeros,
     filled_codes,
-    float_type_of,
 )
 from pumice.ops import (
     int4_dequantize,
@@ -109,7 +115,8 @@ class Sparse24Linear(CompressedLinear):
             raise ValueError(
                 f"Sparse24Linear: weights must be one of {get_args(Weights)}, not {weights!r}"
             )
-        check_options(value_dtype, bits, group_size, zeros_kind, scale_dtype)
+        check_grid(NAME, bits, group_size, multiple=32)
+        check_kinds(NAME, zeros_kind, value_dtype=value_dtype, scale_dtype=scale_dtype)
         self.weights = weights
         self._value_dtype = value_dtype
         self.bits = bits
@@ -184,9 +191,11 @@ class Sparse24Linear(CompressedLinear):
         Raises:
             TypeError, ValueError: see :meth:`from_linear`.
         """
-        value_dtype = float_type_of("weight", weight)
+        value_dtype = float_type_of(NAME, "weight", weight)
         layer = cls._shaped_as(linear, weights="float", value_dtype=value_dtype)
-        check_tensor("weight", weight, (linear.out_features, linear.in_features), (weight.dtype,))
+        check_tensor(
+            NAME, "weight", weight, (linear.out_features, linear.in_features), (weight.dtype,)
+        )
         layer.values, layer.metadata = sparse24_compress(weight.detach())
         return layer
 
@@ -203,8 +212,8 @@ class Sparse24Linear(CompressedLinear):
             TypeError, ValueError: a tensor of the wrong dtype or shape; q is not 2:4.
         """
         layer = cls._shaped_as(linear, weights="int8")
-        check_tensor("q", q, (linear.out_features, linear.in_features), (torch.int8,))
-        check_tensor("weight_scale", weight_scale, (linear.out_features,), (torch.float32,))
+        check_tensor(NAME, "q", q, (linear.out_features, linear.in_features), (torch.int8,))
+        check_tensor(NAME, "weight_scale", weight_scale, (linear.out_features,), (torch.float32,))
         layer.values, layer.metadata = sparse24_compress(q)
         layer.weight_scale = weight_scale.detach().contiguous()
         return layer
@@ -236,25 +245,25 @@ class Sparse24Linear(CompressedLinear):
             TypeError, ValueError: a tensor of the wrong dtype or shape, or values out of range.
         """
         shape = (linear.out_features, linear.in_features)
-        check_tensor("q", q, shape, (torch.uint8,))
-        check_tensor("mask", mask, shape, (torch.bool,))
+        check_tensor(NAME, "q", q, shape, (torch.uint8,))
+        check_tensor(NAME, "mask", mask, shape, (torch.bool,))
         layer = cls._shaped_as(
             linear,
             weights="int4",
             bits=bits,
             group_size=group_size,
             zeros_kind=zeros_kind_of(zeros),
-            scale_dtype=float_type_of("scales", scales),
+            scale_dtype=float_type_of(NAME, "scales", scales),
         )
         for name, tensor in (("scales", scales), ("zeros", zeros)):
             buffer = getattr(layer, name)
             if tensor is not None:
-                check_tensor(name, tensor, tuple(buffer.shape), (buffer.dtype,))
+                check_tensor(NAME, name, tensor, tuple(buffer.shape), (buffer.dtype,))
                 setattr(layer, name, tensor.detach().contiguous())
         if not bool(scales.isfinite().all()):
             raise ValueError("Sparse24Linear: scales hold NaN or infinite values")
         if zeros is not None:
-            check_zeros(zeros, bits)
+            check_zeros(NAME, zeros, bits)
         check_kept(mask, exactly_two=zeros is not None and zeros.is_floating_point())
         codes = filled_codes(q, mask, zeros, bits, group_size)
         _, layer.metadata = sparse24_compress(mask.to(torch.int8))
@@ -290,7 +299,7 @@ class Sparse24Linear(CompressedLinear):
         if metadata is not None and not metadata.is_meta:
             check_metadata(metadata, self.in_features)
         if zeros is not None and not zeros.is_meta:
-            check_zeros(zeros, self.bits)
+            check_zeros(NAME, zeros, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weights == "float":
