@@ -52,7 +52,7 @@ def table(rows: Sequence[Row]) -> Table:
         grid.add_row(
             row.text,
             f"{row.temperature:g}",
-            row.draft.removesuffix(", adaptive"),
+            row.draft.removesuffix(", adaptive").removeprefix("first "),
             f"{row.acceptance:.0%}" if row.acceptance == row.acceptance else "–",
             f"{row.tokens_per_pass:.2f}" if row.expected == row.expected else "–",
             f"{row.expected:.2f}" if row.expected == row.expected else "–",
