@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -57,7 +57,7 @@ class Bench(Generic[CaseT, InputsT]):
     the catalogue whose names begin with one of `kernel_names`.
 
     With `rates` the tables show operations a second, beside the most that the floor allows, rather
-    than times."""
+    than times. `floors` holds contenders that move or compute less than the op's floor says."""
 
     op: str
     make_inputs: Callable[[CaseT, Machine, torch.device, torch.dtype], InputsT]
@@ -65,6 +65,9 @@ class Bench(Generic[CaseT, InputsT]):
     floor_us: Callable[[CaseT, Machine, torch.dtype], float]
     kernel_names: tuple[str, ...]
     rates: bool = False
+    floors: Mapping[str, Callable[[CaseT, Machine, torch.dtype], float]] = field(
+        default_factory=dict
+    )
 
     def kernels(self, device: torch.device) -> tuple[str, ...]:
         from pumice import _C
@@ -106,7 +109,7 @@ class Bench(Generic[CaseT, InputsT]):
                     median_us=timing.median,
                     low_us=timing.low,
                     high_us=timing.high,
-                    floor_us=self.floor_us(case, machine, dtype),
+                    floor_us=self.floors.get(name, self.floor_us)(case, machine, dtype),
                     baseline_us=timings[BASELINE].median,
                     kernels=kernels if name.startswith("pumice") else (),
                     operations=case.operations if self.rates else 0,

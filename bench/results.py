@@ -103,21 +103,26 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def number(value: float) -> str:
+    """Three digits, or whole."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _time(row: Row) -> str:
-    return f"{_number(row.median_us)} ({row.speedup:.2f})"
+    return f"{number(row.median_us)} ({row.speedup:.2f})"
 
 
 def _floor(row: Row) -> str:
-    return _number(row.floor_us)
+    return number(row.floor_us)
 
 
 def _rate(row: Row) -> str:
     share = row.floor_us / row.median_us
-    return f"{_number(row.tflops)} ({share:.0%}, {row.speedup:.2f})"
+    return f"{number(row.tflops)} ({share:.0%}, {row.speedup:.2f})"
 
 
 def _bound(row: Row) -> str:
-    return _number(row.bound_tflops)
+    return number(row.bound_tflops)
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
@@ -158,7 +163,3 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -4,9 +4,10 @@ Each kind of weight beside the dense one of the same kind: floating beside torch
 CUDA, its semi-structured one), int8 beside ``int8_linear`` (activations quantized before, in both),
 int4 in groups of 128 beside ``int4_linear``.
 
-Floor of a case: x, the floating 2:4 weight (its kept values and an eighth of a byte of places for
-each column) and y moved once over the memory bandwidth, or M·N·K operations, half of the dense
-product's, at the peak of the dtype, whichever is longer.
+Floor of a contender: x, the weight (the kept values at their width, an eighth of a byte of places
+for each column, scales) and y moved once over the memory bandwidth, or M·N·K operations, half of
+the dense product's, at the peak of the dtype, whichever is longer; of torch's and the dense
+kernels, the floor of the 2:4 weight in the dtype of x.
 """
 
 from __future__ import annotations
@@ -145,10 +146,32 @@ PEERS: dict[str, Peer[Inputs]] = {
 }
 
 
+def _floor_us(
+    case: Linear, machine: Machine, dtype: torch.dtype, weight_bytes: int, x_bytes: int
+) -> float:
+    moved = weight_bytes + case.n * case.k // 8
+    moved += case.m * case.k * x_bytes + case.m * case.n * dtype.itemsize
+    return machine.floor_us(moved, case.operations // 2, int8=x_bytes == 1)
+
+
 def floor_us(case: Linear, machine: Machine, dtype: torch.dtype) -> float:
-    weight = case.n * case.k * dtype.itemsize // 2 + case.n * case.k // 8
-    moved = weight + (case.m * case.k + case.m * case.n) * dtype.itemsize
-    return machine.floor_us(moved, case.operations // 2, int8=False)
+    return _floor_us(case, machine, dtype, case.n * case.k * dtype.itemsize // 2, dtype.itemsize)
 
 
-BENCH = Bench("sparse24", make_inputs, PEERS, floor_us, ("sparse24",))
+def int8_floor_us(case: Linear, machine: Machine, dtype: torch.dtype) -> float:
+    return _floor_us(case, machine, dtype, case.n * case.k // 2 + 4 * case.n, x_bytes=1)
+
+
+def int4_floor_us(case: Linear, machine: Machine, dtype: torch.dtype) -> float:
+    scales = case.n * -(-case.k // GROUP) * dtype.itemsize
+    return _floor_us(case, machine, dtype, case.n * case.k // 4 + scales, dtype.itemsize)
+
+
+BENCH = Bench(
+    "sparse24",
+    make_inputs,
+    PEERS,
+    floor_us,
+    ("sparse24",),
+    floors={"pumice int8": int8_floor_us, "pumice int4": int4_floor_us},
+)

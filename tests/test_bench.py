@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from bench import attention, cache, int4, int8, outlier_weights, paged, readme, results
+from bench import attention, cache, int4, int8, outlier_weights, paged, readme, results, sparse24
 from bench.cases import Linear, UnavailableError
 from bench.machine import Machine, describe
 from bench.timing import Timing, copies_beyond_cache, measure
@@ -211,6 +212,51 @@ def test_a_kernel_changed_since_is_named():
 def test_readme_tables_are_those_of_the_recorded_results():
     """After a change to a kernel or a new record: python -m bench readme."""
     assert readme.rewrite(readme.ROOT / "README.md", check=True)
+
+
+def test_headlines_show_the_best_peer_or_the_rival():
+    rows = [row("torch", 8.0), row("slow", 6.0), row("fast", 4.0), row("pumice mixed", 2.0)]
+    rows = [dataclasses.replace(r, case="M=1 N=8 K=8 float32") for r in rows]
+    others = [dataclasses.replace(r, case="M=2 N=8 K=8 float32") for r in rows]
+    (line,) = readme.headlines(rows + others, "int8")  # M=2 is none of the headlines
+    assert line == "| int8 mixed, M=1 N=8 K=8 float32 | 1 | 8 | 4 fast | **2** (4.00×) |"
+    rows += [
+        dataclasses.replace(rows[0], contender="pumice int4", median_us=2.0),
+        dataclasses.replace(rows[0], contender="pumice int4 dense", median_us=3.0),
+    ]
+    (line,) = readme.headlines(rows, "sparse24")
+    assert line == (
+        "| sparse24 int4, M=1 N=8 K=8 float32 | 1 | 8 | 3 pumice int4 dense | **2** (4.00×) |"
+    )
+
+
+def test_what_the_readme_shows_is_measured():
+    """A headline whose cases were renamed would vanish in silence."""
+    _, ops = results.load(results.RESULTS / "amd-epyc-2-threads-avx512bf16.json")
+    assert set(readme.HEADLINES) == set(ops)
+    for op, entry in ops.items():
+        rows = results.rows_of(entry)
+        for headline in readme.HEADLINES[op]:
+            assert any(r.contender == headline.contender for r in rows), (op, headline)
+        assert len(list(readme.headlines(rows, op))) >= 4
+
+
+def test_contenders_that_read_less_have_floors_of_their_own():
+    case, machine = Linear(1, 256, 512), MACHINE
+    moved = 256 * 512 // 2 + 256 * 4 + 256 * 512 // 8 + 512 + 256 * 4
+    assert sparse24.int8_floor_us(case, machine, torch.float32) == pytest.approx(moved / 1e4)
+    floors = [
+        floor(case, machine, torch.float32)
+        for floor in (sparse24.int4_floor_us, sparse24.int8_floor_us, sparse24.floor_us)
+    ]
+    assert floors == sorted(floors)
+    names = {
+        r.contender: r.floor_us
+        for r in sparse24.BENCH.run(
+            [case], machine, torch.device("cpu"), torch.float32, 0.01, lambda _: None
+        )
+    }
+    assert [names[n] for n in ("pumice int4", "pumice int8", "pumice")] == floors
 
 
 def test_kept_weights_buy_accuracy_and_decomposition_buys_more():
