@@ -99,6 +99,55 @@ def test_what_is_no_such_tensor():
         from_semi_structured(transposed)
 
 
+class OnGpu(torch.sparse.SparseSemiStructuredTensorCUSPARSELT):
+    """cuSPARSELt's tensor as far as torch's Python goes; the one product is up to the test."""
+
+    is_cuda = True
+
+
+def cusparselt(cls, w, meta=None):
+    """Values, then metadata that nobody may interpret."""
+    secret = torch.full((w.numel() // 16,), 77).to(w.dtype)
+    packed = torch.cat((sparse24_compress(w)[0].flatten(), secret))
+    return cls(w.shape, packed, meta, None, None, None)
+
+
+# Those of prune_dense_static_sort have a meta too, in a layout that is not CUTLASS's.
+@pytest.mark.parametrize("meta", [None, torch.zeros(1, 4, 256)], ids=["plain", "with meta"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cusparselts_tensors_are_read_by_a_product_with_the_identity(dtype, meta, monkeypatch):
+    w = weight_24(128, 128, dtype)
+    tensor = cusparselt(OnGpu, w, meta if meta is None else meta.to(dtype))
+
+    def product(packed, dense, **options):
+        assert packed is tensor.packed
+        # torch's int8 products with cuSPARSELt take the dense matrix in columns alone.
+        assert dtype != torch.int8 or not dense.is_contiguous()
+        return (w.double() @ dense.double()).to(dtype)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    for got, expected in zip(from_semi_structured(tensor), sparse24_compress(w), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_row_that_is_not_finite_is_not_read_as_nan_everywhere(monkeypatch):
+    w = weight_24(32, 32, torch.float16)
+    tensor = cusparselt(OnGpu, w)
+    w[3, w[3].nonzero()[0]] = float("inf")
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, dense, **_: w @ dense)
+    with pytest.raises(ValueError, match="NaN or infinite values, which the product"):
+        from_semi_structured(tensor)
+
+
+def test_cusparselts_tensors_away_from_a_gpu_are_refused_with_the_way_out():
+    kind = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    with pytest.raises(ValueError, match=r"not public.*on cpu.*sparse24_compress.*to_dense"):
+        from_semi_structured(cusparselt(kind, weight_24(32, 32, torch.float16)))
+    eight = torch.zeros(32 * 18).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="must be float16, bfloat16 or int8, not float8_e4m3fn"):
+        from_semi_structured(kind(torch.Size((32, 32)), eight, None, None, None, None))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cutlass", [True, False], ids=["CUTLASS", "cuSPARSELt"])
@@ -109,6 +158,16 @@ def test_torch_multiplies_with_ours_and_we_read_torchs(dtype, cutlass):
     torch.testing.assert_close(
         torch.nn.functional.linear(x, ours), torch.nn.functional.linear(x, w), rtol=1e-2, atol=1e-2
     )
-    kind = "CUTLASS" if cutlass else "CUSPARSELT"
-    theirs = getattr(torch.sparse, f"SparseSemiStructuredTensor{kind}").from_dense(w)
+    kind = getattr(
+        torch.sparse, f"SparseSemiStructuredTensor{'CUTLASS' if cutlass else 'CUSPARSELT'}"
+    )
+    assert torch.equal(sparse24_decompress(*from_semi_structured(kind.from_dense(w))), w)
+    pruned = kind.prune_dense_static_sort(w)
+    assert torch.equal(sparse24_decompress(*from_semi_structured(pruned)), pruned.to_dense())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cusparselts_int8_is_read():
+    w = weight_24(128, 128, torch.int8).cuda()
+    theirs = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(w)
     assert torch.equal(sparse24_decompress(*from_semi_structured(theirs)), w)

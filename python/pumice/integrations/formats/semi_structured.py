@@ -10,8 +10,11 @@ and C columns are reordered as sparse tensor cores load them:
     2. every 2 × 2 words are transposed;
     3. pairs of columns are stored one after the other, each with all its rows.
 
-cuSPARSELt's layout is its own secret: such tensors are read through torch, on the GPU, by a product
-with the identity, which is exact.
+cuSPARSELt's tensors hold the values, then the metadata, in one buffer, and NVIDIA keeps the layout
+of the metadata to itself, for it may change at any time (github.com/NVIDIA/CUDALibrarySamples,
+issue 167; what torch's own ``prune_dense_static_sort`` writes there was found by experiment). So
+they are read through torch, on the GPU, by a product with the identity, which is exact, and written
+by torch: ``torch.sparse.to_sparse_semi_structured(pumice.ops.sparse24_decompress(values, meta))``.
 
 Of float32 torch keeps one of every *two* weights, which 2:4 ones need not fit.
 """
@@ -38,7 +41,8 @@ _NAME = "to_semi_structured"
 def to_semi_structured(values: Tensor, meta: Tensor) -> Any:
     """A ``torch.sparse.SparseSemiStructuredTensorCUTLASS`` of a 2:4 weight, on its device.
 
-    It can be made on the CPU, too; torch multiplies with it on CUDA only.
+    It can be made on the CPU, too; torch multiplies with it on CUDA only. For one of cuSPARSELt see
+    the module's docstring.
 
     Args:
         values: fp16, bf16 or int8 [N, K/2], N a multiple of 32 (int8: 16), K of 64 (int8: 128).
@@ -79,13 +83,21 @@ def from_semi_structured(tensor: Any) -> tuple[Tensor, Tensor]:
     """Values and metadata of :func:`pumice.ops.sparse24_compress` from torch's tensor.
 
     Args:
-        tensor: what ``torch.sparse.to_sparse_semi_structured`` returns, of either backend.
+        tensor: what ``torch.sparse.to_sparse_semi_structured`` returns: CUTLASS's on any device,
+            cuSPARSELt's (fp16, bf16, int8; finite) on its GPU.
 
     Raises:
         TypeError: it is no such tensor.
-        ValueError: it holds its transpose alone.
+        ValueError: it holds its transpose alone; or it is cuSPARSELt's and not on a GPU, of another
+            dtype, or holds NaN or infinities.
     """
-    if not isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
+    if not isinstance(
+        tensor,
+        (
+            torch.sparse.SparseSemiStructuredTensorCUTLASS,
+            torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+        ),
+    ):
         raise TypeError(
             f"from_semi_structured: expected torch's SparseSemiStructuredTensor, not "
             f"{type(tensor).__name__}"
@@ -94,8 +106,10 @@ def from_semi_structured(tensor: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(
             "from_semi_structured: the tensor holds its transpose alone; pass tensor.t()"
         )
-    if tensor.meta is None:  # cuSPARSELt: packed holds both
-        return sparse24_compress(tensor.to_dense())
+    # By class: cuSPARSELt's may have a meta as well, a view of what follows the values.
+    if isinstance(tensor, torch.sparse.SparseSemiStructuredTensorCUSPARSELT):
+        return sparse24_compress(_dense_of_cusparselt(tensor))
+    assert tensor.meta is not None
     if tensor.packed.dtype == torch.float32:
         return sparse24_compress(_dense_of_float32(tensor.packed, tensor.meta))
     rows, word, _ = _LAYOUTS[tensor.packed.dtype]
@@ -116,6 +130,31 @@ def _restore(stored: Tensor, rows: int) -> Tensor:
     n, c = stored.shape
     pairs = stored.reshape(c // 2, n // 2, 2, 2).permute(1, 3, 0, 2).reshape(n, c)
     return pairs.view(-1, 8, rows // 8, c).transpose(1, 2).reshape(n, c)
+
+
+def _dense_of_cusparselt(tensor: Any) -> Tensor:
+    """tensor · I, computed by torch."""
+    if tensor.dtype not in _LAYOUTS:
+        raise ValueError(
+            f"from_semi_structured: a cuSPARSELt tensor must be float16, bfloat16 or int8, not "
+            f"{str(tensor.dtype).removeprefix('torch.')}"
+        )
+    if not tensor.is_cuda:
+        raise ValueError(
+            "from_semi_structured: how cuSPARSELt lays out metadata is not public, so its tensors "
+            f"are read by a product on the GPU, and this one is on {tensor.device}; move it to its "
+            "GPU, or there pass sparse24_compress the dense weight, tensor.to_dense()"
+        )
+    k = tensor.shape[1]
+    # Transposed, it is the same matrix in columns: int8 is multiplied in no other order.
+    identity = torch.eye(k, dtype=tensor.dtype, device=tensor.device).t()
+    dense: Tensor = torch.mm(tensor, identity)
+    if not bool(dense.isfinite().all()):
+        raise ValueError(
+            "from_semi_structured: the weight holds NaN or infinite values, which the product that "
+            "reads a cuSPARSELt tensor spreads over the row; compress the dense weight instead"
+        )
+    return dense
 
 
 def _dense_of_float32(packed: Tensor, meta: Tensor) -> Tensor:
