@@ -17,7 +17,7 @@ from pumice.integrations import is_transformers_model
 from pumice.nn._linear import weight_of
 from pumice.nn._replace import leave_fused_paths, replace_modules
 from pumice.quantize.calibrated import apply
-from pumice.quantize.recipe import Progress, Recipe
+from pumice.quantize.recipe import Progress, Recipe, Task
 from pumice.report import LayerReport, Report, attach_report, bytes_of, find_report
 
 __all__ = ["DEFAULT_EXCLUDE", "compress"]
@@ -104,7 +104,7 @@ def compress(
     targets = find_targets(model, include, exclude)
     layers = targets.layers
     settings = Settings(blocks=blocks, device=device, offload=offload, resume=resume)
-    outcome = apply(recipes, model, layers, calibration, progress or _silent, settings)
+    outcome = apply(recipes, Task(model, layers, calibration, progress or _silent, settings))
     replacements, measurements = outcome.replacements, outcome.measurements
     bytes_before = bytes_of(model)
     pruned = any(one.prunes for one in recipes)

@@ -7,7 +7,7 @@ Language Models", 2023. The training is in :mod:`pumice.prune._tune`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from pumice._calibrate import evaluation_mode, measure
-from pumice.calibration import Settings
 from pumice.calibration.comm import is_distributed
+from pumice.nn._linear import weight_of
 from pumice.prune._layers import dense_layer
 from pumice.prune._rounds import Rounds
 from pumice.prune._tune import Objective, Tuning, tune
 from pumice.prune.recipe import PruningRecipe
-from pumice.quantize.recipe import Outcome, Progress, Recipe, make_recipe
+from pumice.quantize.recipe import Outcome, Recipe, Task, make_recipe
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
 
@@ -120,69 +120,56 @@ class PruneAndTune(PruningRecipe):
                 amounts.append({"ratio": share * (0.5 if self.ratio is None else self.ratio)})
         return [make_recipe(self.criterion, store="dense", **amount) for amount in amounts]
 
-    def apply(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Linear],
-        calibration: Iterable[Any] | None,
-        progress: Progress,
-        settings: Settings,
-    ) -> Outcome:
+    def apply(self, task: Task) -> Outcome:
         if is_distributed():
             raise ValueError("PruneAndTune: trains in one process, not in a distributed group")
-        data = [] if calibration is None else list(calibration)
+        data = [] if task.calibration is None else list(task.calibration)
         if not data:
             raise ValueError(
                 "compress: PruneAndTune needs calibration data: pass calibration=[inputs of the "
                 "model, …]"
             )
-        for name, linear in layers.items():  # fail before hours of work
+        for name, linear in task.layers.items():  # fail before hours of work
             self._check(name, linear)
-        dtype = next(iter(layers.values())).weight.dtype
-        teacher = model if self.objective == "teacher" else None
-        student = copy.deepcopy(model).float()
-        if settings.device is not None:
-            student = student.to(settings.device)
-            teacher = None if teacher is None else copy.deepcopy(teacher).to(settings.device)
-        inner = {name: student.get_submodule(name) for name in layers}
+        student = copy.deepcopy(task.model).float()
+        teacher = task.model if self.objective == "teacher" else None
+        device = task.settings.device
+        if device is not None:
+            student = student.to(device)
+            teacher = None if teacher is None else copy.deepcopy(teacher).to(device)
+        inner = {name: student.get_submodule(name) for name in task.layers}
         linears = {name: m for name, m in inner.items() if isinstance(m, nn.Linear)}
         recipes = self.steps_of_pruning()
-        rounds = Rounds.open(settings.resume, self.to_dict(), linears)
-        total = len(recipes) * len(layers)
+        rounds = Rounds.open(task.settings.resume, self.to_dict(), linears)
+        total = len(recipes) * len(linears)
+        tuning = Tuning(self.steps, self.batch, self.learning_rate, self.rank, self.objective)
         for index, recipe in enumerate(recipes):
             if rounds.restore(index, linears):
-                progress((index + 1) * len(layers), total, f"round {index + 1}")
+                task.progress((index + 1) * len(linears), total, f"round {index + 1}")
                 continue
 
-            def report(done: int, _: int, name: str, before: int = index * len(layers)) -> None:
-                progress(before + done, total, name)
+            def report(done: int, _: int, name: str, before: int = index * len(linears)) -> None:
+                task.progress(before + done, total, name)
 
-            outcome = recipe.apply(
-                student,
-                linears,
-                data[: self.samples],
-                report,
-                replace(settings, device=None, resume=rounds.folder(index)),
-            )
+            settings = replace(task.settings, device=None, resume=rounds.folder(index))
+            pruned = recipe.apply(Task(student, linears, data[: self.samples], report, settings))
             with torch.no_grad():
                 for name, linear in linears.items():
-                    pruned = outcome.replacements[name]
-                    assert isinstance(pruned, nn.Linear)
-                    linear.weight.copy_(pruned.weight)
-            with evaluation_mode(student), evaluation_mode(model):
+                    linear.weight.copy_(weight_of(pruned.replacements[name], torch.float32))
+            with evaluation_mode(student), evaluation_mode(task.model):
                 tune(
                     student,
                     linears,
                     data,
-                    Tuning(self.steps, self.batch, self.learning_rate, self.rank, self.objective),
+                    tuning,
                     torch.Generator().manual_seed(self.seed * 1_000_003 + index),
                     teacher=teacher,
-                    dtype=dtype,
+                    dtype=next(iter(task.layers.values())).weight.dtype,
                 )
             rounds.record(index, linears)
-        replacements = {name: self._finished(layers[name], linears[name]) for name in layers}
-        measured = measure(model, layers, replacements, data[:_MEASURED_SAMPLES], None)
-        return Outcome(dict(replacements), measured)
+        replacements = {n: self._finished(linear, linears[n]) for n, linear in task.layers.items()}
+        measured = measure(task.model, task.layers, replacements, data[:_MEASURED_SAMPLES], None)
+        return Outcome(replacements, measured)
 
     def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
         raise NotImplementedError("PruneAndTune prunes a model as a whole")

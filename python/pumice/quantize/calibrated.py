@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from torch import nn
+from collections.abc import Sequence
 
 from pumice._calibrate import Measurement
-from pumice.calibration import Settings, Stage, run
-from pumice.quantize.recipe import Outcome, Progress, Recipe
+from pumice.calibration import Stage, run
+from pumice.quantize.recipe import Outcome, Recipe, Task
 
 
 class CalibratedRecipe(Recipe):
@@ -20,39 +17,18 @@ class CalibratedRecipe(Recipe):
     def stages(self) -> list[Stage]:
         """Its steps, in order."""
 
-    def apply(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Linear],
-        calibration: Iterable[Any] | None,
-        progress: Progress,
-        settings: Settings,
-    ) -> Outcome:
-        return apply_in_turn([self], model, layers, calibration, progress, settings)
+    def apply(self, task: Task) -> Outcome:
+        return apply_in_turn([self], task)
 
 
-def apply(
-    recipes: Sequence[Recipe],
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    calibration: Iterable[Any] | None,
-    progress: Progress,
-    settings: Settings,
-) -> Outcome:
+def apply(recipes: Sequence[Recipe], task: Task) -> Outcome:
     """Apply one recipe, or several in turn."""
     if len(recipes) == 1:
-        return recipes[0].apply(model, layers, calibration, progress, settings)
-    return apply_in_turn(recipes, model, layers, calibration, progress, settings)
+        return recipes[0].apply(task)
+    return apply_in_turn(recipes, task)
 
 
-def apply_in_turn(
-    recipes: Sequence[Recipe],
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    calibration: Iterable[Any] | None,
-    progress: Progress,
-    settings: Settings,
-) -> Outcome:
+def apply_in_turn(recipes: Sequence[Recipe], task: Task) -> Outcome:
     """Do the stages of several recipes to each block; the last recipe compresses it."""
     stages: list[Stage] = []
     for recipe in recipes:
@@ -76,20 +52,23 @@ def apply_in_turn(
             f"compress: {type(last).__name__} only prepares the weights; follow it with a recipe "
             f"that compresses them: [{type(last).__name__}(…), pumice.GPTQ(…)]"
         )
-    if calibration is None:
+    if task.calibration is None:
         raise ValueError(
             f"compress: {names} needs calibration data: pass calibration=[inputs of the model, …]"
         )
 
     result = run(
-        model,
-        layers,
-        calibration,
+        task.model,
+        task.layers,
+        task.calibration,
         stages,
         last.compress_outside,
-        settings=settings,
-        fingerprint={"recipes": [recipe.to_dict() for recipe in recipes], "layers": list(layers)},
-        progress=progress,
+        settings=task.settings,
+        fingerprint={
+            "recipes": [recipe.to_dict() for recipe in recipes],
+            "layers": list(task.layers),
+        },
+        progress=task.progress,
     )
     errors = {
         name: Measurement(squared_error=error**2, squared_norm=1.0, calls=1)

@@ -26,6 +26,25 @@ Progress = Callable[[int, int, str], None]
 _RECIPES: dict[str, type[Recipe]] = {}
 
 
+@dataclass(frozen=True)
+class Task:
+    """What :func:`pumice.compress` asks of a recipe.
+
+    Attributes:
+        model: left as it is.
+        layers: of it, by qualified name, to be replaced.
+        calibration: inputs of the model, or None.
+        progress: called after each layer.
+        settings: how a calibration runs.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Linear]
+    calibration: Iterable[Any] | None
+    progress: Progress
+    settings: Settings
+
+
 @dataclass
 class Outcome:
     """What a recipe gives :func:`pumice.compress`.
@@ -64,18 +83,8 @@ class Recipe(ABC):
         """TypeError or ValueError, naming the setting, if one is not acceptable."""
 
     @abstractmethod
-    def apply(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Linear],
-        calibration: Iterable[Any] | None,
-        progress: Progress,
-        settings: Settings,
-    ) -> Outcome:
-        """Replacements for the given layers of the model, which is left as it is.
-
-        Errors name the layer.
-        """
+    def apply(self, task: Task) -> Outcome:
+        """Replacements for the layers of a task. Errors name the layer."""
 
     @abstractmethod
     def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
@@ -109,27 +118,20 @@ class LinearRecipe(Recipe):
     def compress_outside(self, name: str, linear: nn.Linear) -> nn.Module:
         return self.compress_named(name, linear)
 
-    def apply(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, nn.Linear],
-        calibration: Iterable[Any] | None,
-        progress: Progress,
-        settings: Settings,
-    ) -> Outcome:
+    def apply(self, task: Task) -> Outcome:
         replacements: dict[str, nn.Module] = {}
-        for done, (name, linear) in enumerate(layers.items(), start=1):
+        for done, (name, linear) in enumerate(task.layers.items(), start=1):
             try:
                 replacements[name] = self.compress_named(name, linear)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"layer {name!r}: {error}") from error
-            progress(done, len(layers), name)
-        if calibration is None:
+            task.progress(done, len(task.layers), name)
+        if task.calibration is None:
             return Outcome(replacements)
-        return Outcome(
-            replacements,
-            measure(model, layers, replacements, calibration, self.outlier_threshold),
+        measured = measure(
+            task.model, task.layers, replacements, task.calibration, self.outlier_threshold
         )
+        return Outcome(replacements, measured)
 
 
 def recipe_names() -> list[str]:
