@@ -13,13 +13,14 @@ class PaperStream:
 
     The model is told position 0, so queries and keys come unrotated. Of each layer the keys and
     values of the first ``sinks`` tokens and the last ``window`` (the query's own included) are
-    kept in lists, and at every step all of them are turned by their index in the list.
+    kept in lists, and at every step all of them are turned by their index in the list, by which
+    windows of layers count too. ``inv_freq``: of all layers, or a list of each one's.
     """
 
     def __init__(self, model, sinks, window, *, inv_freq, interleaved=False):
         self.model = model
         self.sinks, self.window = sinks, window
-        self.inv_freq = inv_freq.double()
+        self.inv_freq = inv_freq
         self.interleaved = interleaved
         self.caches: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         AttentionInterface.register("paper_stream", self.attention)
@@ -33,10 +34,11 @@ class PaperStream:
                 use_cache=False,
             ).logits[0, 0]
 
-    def turned(self, states, positions):
+    def turned(self, states, positions, layer):
         """states [n, H, D]"""
-        angles = positions.double()[:, None, None] * self.inv_freq
-        size = 2 * len(self.inv_freq)
+        inv_freq = self.inv_freq[layer] if isinstance(self.inv_freq, list) else self.inv_freq
+        angles = positions.double()[:, None, None] * inv_freq.double()
+        size = 2 * len(inv_freq)
         turned, rest = states[..., :size], states[..., size:]
         if self.interleaved:
             pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)).contiguous())
@@ -55,14 +57,17 @@ class PaperStream:
             del cache[self.sinks]
         positions = torch.arange(len(cache))
         keys, values = (torch.stack(column) for column in zip(*cache, strict=True))
-        keys = self.turned(keys, positions)
-        query = self.turned(query[0].transpose(0, 1), positions[-1:])[0]
+        keys = self.turned(keys, positions, module.layer_idx)
+        query = self.turned(query[0].transpose(0, 1), positions[-1:], module.layer_idx)[0]
         groups = query.shape[0] // keys.shape[1]
         keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = torch.einsum("hd,nhd->hn", query, keys) * scale
         if softcap:
             scores = softcap * (scores / softcap).tanh()
+        if kwargs.get("sliding_window") is not None:
+            hidden = positions[-1] - positions >= kwargs["sliding_window"]
+            scores = scores.masked_fill(hidden, -torch.inf)
         if kwargs.get("s_aux") is not None:  # learned sinks: a term of the sum without a value
             scores = torch.cat([scores, kwargs["s_aux"].to(scores)[:, None]], 1)
             values = torch.cat([values, torch.zeros_like(values[:1])])

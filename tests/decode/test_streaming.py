@@ -7,39 +7,18 @@ import itertools
 
 import pytest
 import torch
-import transformers
-from forward_passes import alone, poison, prompts
+from forward_passes import alone, prompts
 from plain_models import PlainLm
-from streaming_reference import PaperStream
+from streaming_cases import TOKENS, assert_close, of_family, of_the_paper, rope, stream_of
 
-from decoders import GPT_OSS, GROUPED, build, spread
-from pumice.decode import CachePool, rotary
+from decoders import GPT_OSS, build
+from pumice.decode import CachePool
 from pumice.decode.model import PagedModel
 from pumice.decode.request import SamplingParams
 from pumice.decode.rotary import Rotary, find_rotary
 from pumice.decode.stream_perplexity import recomputed_perplexity, stream_perplexity
 from pumice.decode.streaming import StreamingModel
 from pumice.evaluate import perplexity
-
-TOKENS = prompts(90, seed=0)[0]
-
-
-def of_family(name, **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**GROUPED, **options})
-    return spread(
-        getattr(transformers, f"{name}ForCausalLM")._from_config(
-            config, attn_implementation="eager"
-        )
-    )
-
-
-def rope(kind, **options):
-    parameters = {"rope_type": kind, "rope_theta": 1000.0, **options}
-    if transformers.__version__.startswith("4"):
-        return {"rope_scaling": parameters}
-    return {"rope_parameters": parameters}
-
 
 # Pairs apart and side by side; all of a head or a part of it; sinks that were learned, softcap;
 # frequencies that are scaled, by what does not depend on the length of the text.
@@ -62,30 +41,6 @@ SHAPES = [
     (4, 200, 16, 33),
     (9, 4, 1, 3),
 ]
-
-
-def stream_of(model, sinks, window, block_size=4, chunk=7, **options):
-    stream = StreamingModel(
-        model, sinks=sinks, window=window, block_size=block_size, chunk=chunk, **options
-    )
-    poison(stream.pool)
-    return stream
-
-
-def of_the_paper(model, sinks, window, tokens, interleaved=False):
-    frequencies = next(b for n, b in model.named_buffers() if n.endswith("inv_freq"))
-    # torch multiplies gpt-oss's experts in 32 bits at most.
-    exact = (
-        model
-        if isinstance(model, transformers.GptOssForCausalLM)
-        else copy.deepcopy(model).double()
-    )
-    stream = PaperStream(exact, sinks, window, inv_freq=frequencies, interleaved=interleaved)
-    return torch.stack([stream.step(token) for token in tokens])
-
-
-def assert_close(ours, theirs, tolerance=2e-5):
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -200,13 +155,13 @@ def test_sixteen_bits(dtype):
 def test_plain_torch():
     model = PlainLm()
     assert_close(stream_of(model, 4, 86).forward(TOKENS), model.alone(TOKENS), 1e-4)
-    rotaries = find_rotary(PagedModel(model))
+    rotaries = find_rotary(PagedModel(model), 90)
     assert all(found.interleaved for found in rotaries)
 
 
 def test_layers_without_positions():
     model = of_family("SmolLM3", no_rope_layers=[1, 0])
-    rotaries = find_rotary(PagedModel(model))
+    rotaries = find_rotary(PagedModel(model), 90)
     assert rotaries[0] is not None
     assert rotaries[1] is None
     assert_close(stream_of(model, 4, 86).forward(TOKENS), alone(model, TOKENS))
@@ -239,13 +194,6 @@ def test_an_error_leaves_the_stream_as_it_was():
     assert_close(stream.forward(TOKENS[:20]), of_the_paper(model, 4, 12, TOKENS[:20]))
 
 
-def longrope():
-    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
-    return of_family(
-        "Llama", **rope("longrope", factor=2.0, original_max_position_embeddings=32, **factors)
-    )
-
-
 def alibi_like():
     """A model whose keys carry their position in another way: a bias that grows."""
 
@@ -259,26 +207,13 @@ def alibi_like():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: of_family("Llama", **rope("dynamic", factor=2.0)), "type 'dynamic' turn all keys"),
-        (longrope, "type 'longrope' turn all keys anew"),
         (lambda: build("gpt2"), "GPT2LMHeadModel: queries and keys of layer 0 at other positions"),
         (alibi_like, "Growing: queries and keys of layer 0"),
-        (lambda: build("mistral, window"), "a window of its own of 6 tokens, narrower than 12"),
-        (lambda: build("gpt-oss, sinks"), "layer 0 of GptOssForCausalLM has a window of its own"),
     ],
 )
 def test_models_that_cannot_stream(make, message):
     with pytest.raises(NotImplementedError, match=message):
         StreamingModel(make(), sinks=4, window=12)
-
-
-def test_frequencies_that_grow_are_noticed_without_their_name(monkeypatch):
-    monkeypatch.setattr(rotary, "_refuse_by_name", lambda *arguments: None)
-    model = of_family("Llama", **rope("dynamic", factor=2.0), max_position_embeddings=64)
-    frequencies = model.model.rotary_emb.inv_freq.clone()
-    with pytest.raises(NotImplementedError, match="rotary embeddings of fixed frequencies"):
-        StreamingModel(model, window=12)
-    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
 
 
 @pytest.mark.parametrize(

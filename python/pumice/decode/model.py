@@ -22,7 +22,7 @@ is the logits of these tokens, [R, V], else of all, [T, V].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,7 +132,7 @@ class PagedModel:
 
 @dataclass
 class _Look(PagedBatch):
-    """A batch of one token that notes what each layer brings; the token sees itself alone."""
+    """A batch of single tokens that notes what each layer brings; each token sees itself alone."""
 
     seen: list[tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=list)
 
@@ -145,12 +145,16 @@ class _Look(PagedBatch):
 
 
 def look(
-    model: PagedModel, token: int = 0, position: int = 0
+    model: PagedModel, token: int = 0, positions: Sequence[int] = (0,)
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor, int]], Tensor]:
-    """(query, key, value, window) of each layer for one token at that position, and its logits."""
+    """(query, key, value, window) of each layer for one token at these positions, and its logits.
+
+    All in one pass: each row is the token at one of the positions.
+    """
     device = next((p.device for p in model.model.parameters()), torch.device("cpu"))
-    ids, at = (torch.tensor([number], device=device) for number in (token, position))
-    empty = ids.new_empty(0, dtype=torch.int32)
+    at = torch.tensor(positions, device=device)
+    empty = at.new_empty(0, dtype=torch.int32)
+    ids = torch.full_like(at, token)
     batch = _Look(ids, at, ids, empty, empty, empty, 1, cast(CachePool, None))
     logits = model.run(batch, None)
     name = type(model.model).__name__

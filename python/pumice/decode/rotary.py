@@ -12,10 +12,6 @@ from pumice.decode.model import PagedModel, look
 
 __all__ = ["Rotary", "find_rotary"]
 
-# Where the model's own rotation is looked at. The last is beyond any trained context, where an
-# encoding whose frequencies depend on the length gives itself away.
-_POSITIONS = (1, 3, 2**17)
-
 
 @dataclass(frozen=True)
 class Rotary:
@@ -49,62 +45,63 @@ class Rotary:
         return turned if size == states.shape[-1] else torch.cat([turned, states[..., size:]], -1)
 
 
-def find_rotary(model: PagedModel) -> list[Rotary | None]:
-    """The rotation of each layer; None where a layer knows no positions.
+def find_rotary(model: PagedModel, length: int) -> list[Rotary | None]:
+    """The rotation of each layer in texts of ``length`` tokens; None where it knows no positions.
 
-    One token is run through the model at a few positions. Queries and keys of every layer must be
-    those of position 0 turned by ``inv_freq · position``, for a buffer ``inv_freq`` that some
-    module of the model has, in pairs of one kind or the other.
+    One token is run through the model at a few positions, all in one pass. Queries and keys of
+    every layer must be those of position 0 turned by ``inv_freq · position``, for a buffer
+    ``inv_freq`` that some module of the model has then, in pairs of one kind or the other.
+
+    Where frequencies depend on the length of the text (dynamic NTK, longrope), transformers sets
+    them by the last position of a pass: here, by length - 1.
 
     Raises:
         NotImplementedError: positions have another effect than that, such as learned or ALiBi
-            encodings, and frequencies or scales that depend on the length (dynamic NTK, longrope).
+            encodings.
     """
-    name = type(model.model).__name__
-    _refuse_by_name(model, name)
-    candidates: list[Rotary | None] = [None]
-    for frequencies in _frequencies(model.model):
-        candidates += [Rotary(frequencies, interleaved) for interleaved in (False, True)]
+    positions = [0, *sorted({1, 3, length - 1} - {0})]
     token = min(1, model.geometry.vocab_size - 1)
-    start = look(model, token)[0]
-    fitting = [list(candidates) for _ in start]
     try:
-        for position in _POSITIONS:
-            there = look(model, token, position)[0]
-            for layer, (before, after) in enumerate(zip(start, there, strict=True)):
-                fitting[layer] = [
-                    rotary
-                    for rotary in fitting[layer]
-                    if all(
-                        _explains(rotary, position, *pair)
-                        for pair in zip(before[:2], after[:2], strict=True)
-                    )
-                ]
-            if not all(fitting):
-                break
-    except IndexError:  # a table of learned positions ends somewhere
-        fitting = [[]]
+        look(model, token)  # frequencies that an earlier, longer text has left are forgotten
+        states = look(model, token, positions)[0]
+        candidates: list[Rotary | None] = [None]
+        for frequencies in _frequencies(model.model):
+            candidates += [Rotary(frequencies, interleaved) for interleaved in (False, True)]
+    except IndexError as error:  # a table of learned positions ends somewhere
+        raise _unlike_rotary(model, 0) from error
     finally:
-        look(model, token)  # what has grown its frequencies shrinks them again
-    if not all(fitting):
-        raise NotImplementedError(
-            f"{name}: queries and keys of layer {fitting.index([])} at other positions are not "
-            "those at position 0 turned by rotary embeddings of fixed frequencies (inv_freq); "
-            "streaming relies on that"
-        )
-    return [rotaries[0] for rotaries in fitting]
+        look(model, token)
+    found: list[Rotary | None] = []
+    for layer, (query, key, *_) in enumerate(states):
+        fitting = [
+            rotary
+            for rotary in candidates
+            if _explains(rotary, positions, query) and _explains(rotary, positions, key)
+        ]
+        if not fitting:
+            raise _unlike_rotary(model, layer)
+        found.append(fitting[0])
+    return found
 
 
-def _explains(rotary: Rotary | None, position: int, before: Tensor, after: Tensor) -> bool:
-    """Whether states [1, H, D] at a position are those at 0, turned."""
+def _unlike_rotary(model: PagedModel, layer: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(model.model).__name__}: queries and keys of layer {layer} at other positions are "
+        "not those at position 0 turned by rotary embeddings (inv_freq); streaming relies on that"
+    )
+
+
+def _explains(rotary: Rotary | None, positions: list[int], states: Tensor) -> bool:
+    """Whether states [n, H, D] at these positions are the first one, which is at 0, turned."""
+    before, after = states[:1].expand_as(states), states
     if rotary is not None:
-        if 2 * len(rotary.inv_freq) > before.shape[-1]:
+        if 2 * len(rotary.inv_freq) > states.shape[-1]:
             return False
-        at = torch.tensor([position], device=before.device)
-        before = rotary.rotate(before, rotary.angles(at))
-    rounding = 4 * torch.finfo(after.dtype).eps + position * 2.0**-22
-    error = (after.float() - before.float()).norm()
-    return bool(error <= max(1e-4, rounding) * after.float().norm())
+        before = rotary.rotate(before, rotary.angles(torch.tensor(positions).to(states.device)))
+    errors = (after.float() - before.float()).flatten(1).norm(dim=1)
+    # The model forms its angles in float32.
+    rounding = torch.tensor(positions).to(errors) * 2.0**-22 + 4 * torch.finfo(states.dtype).eps
+    return bool((errors <= rounding.clamp(min=1e-4) * after.float().flatten(1).norm(dim=1)).all())
 
 
 def _frequencies(model: Any) -> list[Tensor]:
@@ -116,15 +113,3 @@ def _frequencies(model: Any) -> list[Tensor]:
             if not any(torch.equal(frequencies, other) for other in found):
                 found.append(frequencies)
     return found
-
-
-def _refuse_by_name(model: PagedModel, name: str) -> None:
-    for module in model.model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind in ("dynamic", "longrope"):
-                raise NotImplementedError(
-                    f"{name}: rotary embeddings of type {kind!r} turn all keys anew as the text "
-                    "grows, but a stream keeps keys as they are; streaming needs fixed frequencies "
-                    "(default, linear, yarn, llama3)"
-                )

@@ -4,19 +4,34 @@ Streaming Language Models with Attention Sinks", 2023, arXiv:2309.17453).
 A model of rotary embeddings is given, instead of all keys, the first ``sinks`` tokens and the last
 ``window``. Without the first ones it breaks down as soon as they fall out of the window: trained
 models use them to put attention that has nowhere to go. And positions are counted *in the cache*:
-with 4 sinks and a window of 1020 no query ever stands beyond position 1023.
+with 4 sinks and a window of 1020 no query ever stands beyond position 1023, and the model is always
+in a text of 1024 tokens, of which those in the middle are exchanged.
 
 The paper keeps keys unrotated and turns all of them by their place in the cache at every step. But
 a score depends only on the difference of two positions. Among the last tokens differences are the
 same in the text as in the cache; only between a query and the sinks they are not. So here keys are
-turned once, by their position in the text, and a query twice, for two attentions that are merged::
+turned once, by their position in the text, and a query, from the moment the cache is full, twice,
+for two attentions that are merged::
 
     p                       position of the query in the text
-    c = min(p, sinks + window − 1)                       its place in the cache
+    c = sinks + window − 1  its place in the cache
     out = merge( attention(turn(q, c), sink keys),  attention(turn(q, p), last keys) )
 
 The angles of p are formed in float64, whatever p. Blocks are a ring: a token's slot is that of the
 token ``window`` and a bit before it. Memory is fixed, and time per token does not grow.
+
+**Layers with a window of their own** (Mistral, Gemma 2 and 3, gpt-oss) keep it, counted in the
+cache as all positions are: what is W or more places before a query it does not see. Of W = 128 in a
+cache of 4 + 1020 that leaves the last 128 tokens and no sinks, which is what the layer sees in any
+text; with W of at least sinks + window the layer is one like others. So as long as the cache is not
+full all layers see exactly what they see in an ordinary pass.
+
+**Learned sinks** (gpt-oss) are a term of the softmax's sum, without a value: they go into one of the
+two attentions, so the merged sum has them once.
+
+**Frequencies that depend on the length of the text** (dynamic NTK, longrope) are those of a text of
+sinks + window tokens, from the first token on: the logits of the first sinks + window tokens are
+those of one ordinary pass over them. No key ever needs another turn.
 """
 
 from __future__ import annotations
@@ -53,8 +68,8 @@ class StreamingModel:
 
     Args:
         model: of transformers, or with ``forward_paged`` (:mod:`pumice.decode.model`), with rotary
-            embeddings of fixed frequencies. It is given position 0 for all tokens, that is,
-            unrotated queries and keys come out, and is itself unchanged.
+            embeddings. It is given position 0 for all tokens, that is, unrotated queries and keys
+            come out, and is itself unchanged.
         sinks: first tokens that stay, 4 in the paper; 0 for plain windowed attention, which fails.
         window: last tokens, at least 1. sinks + window should not exceed the trained context.
         chunk: tokens a forward pass at most; longer input is cut. The ring is longer by so many.
@@ -64,7 +79,7 @@ class StreamingModel:
         length: tokens so far. pool: the memory, of constant size.
 
     Raises:
-        NotImplementedError: other position encodings; layers with a narrower window of their own.
+        NotImplementedError: other position encodings.
         ValueError: sizes out of range.
     """
 
@@ -86,14 +101,7 @@ class StreamingModel:
         self.chunk = chunk
         self.length = 0
         self._model = PagedModel(model)
-        for layer, left in enumerate(self._model.geometry.windows):
-            if left is not None and left + 1 < window:
-                raise NotImplementedError(
-                    f"StreamingModel: layer {layer} of {type(model).__name__} has a window of its "
-                    f"own of {left + 1} tokens, narrower than {window}; it was trained to do "
-                    "without what is before it"
-                )
-        self._rotary = find_rotary(self._model)
+        self._rotary = find_rotary(self._model, sinks + window)
         self._sink_blocks = -(-sinks // block_size)
         # What a chunk's first query sees, the chunk, and a block begun on either side.
         self._ring_blocks = (window + chunk - 2) // block_size + 2
@@ -125,8 +133,8 @@ class StreamingModel:
         parts = []
         while len(ids):
             size = min(self.chunk, len(ids))
-            if self.length < self.sinks:  # the sinks themselves see nothing else: a pass of theirs
-                size = min(size, self.sinks - self.length)
+            if self.length < self.sinks + self.window:  # what fills the cache: a pass of its own
+                size = min(size, self.sinks + self.window - self.length)
             rows = None
             if last:
                 end = [size - 1] if size == len(ids) else []
@@ -167,40 +175,38 @@ class StreamingModel:
             following = [token]
 
     def _batch(self, ids: Tensor) -> _StreamBatch:
-        """The next tokens: either some of the sinks, or some after them."""
+        """The next tokens: either some that the cache has room for, or some after them."""
         device, size, start = ids.device, len(ids), self.length
-        block_size = self.pool.block_size
-        positions = torch.arange(start, start + size, device=device)
-        sink_table = torch.arange(self._sink_blocks, dtype=torch.int32, device=device)
-        if start < self.sinks:
-            slots = positions
-            table, length = sink_table, start + size
-        else:
-            # In the ring, tokens are counted from the last sink on.
-            inner = positions - self.sinks
-            block = inner // block_size % self._ring_blocks + self._sink_blocks
-            slots = block * block_size + inner % block_size
-            first = max(0, start - self.sinks - self.window + 1) // block_size
-            count = (start + size - self.sinks - 1) // block_size + 1 - first
-            table = torch.arange(first, first + count, device=device) % self._ring_blocks
-            table = (table + self._sink_blocks).int()
-            length = start + size - self.sinks - first * block_size
-        place = positions.clamp(max=self.sinks + self.window - 1)
+        block_size, end = self.pool.block_size, start + size
+        positions = torch.arange(start, end, device=device)
+        full = start >= self.sinks + self.window
+        first = (start - self.window + 1) // block_size if full else 0
+        blocks = torch.arange(first, (end - 1) // block_size + 1, device=device)
+        # The sinks' blocks stay; those after them are a ring.
+        ring = self._sink_blocks + (blocks - self._sink_blocks) % self._ring_blocks
+        table = torch.where(blocks < self._sink_blocks, blocks, ring)
+        length, sink_length, sink_table = (
+            torch.tensor(numbers, dtype=torch.int32, device=device)
+            for numbers in ([end - first * block_size], [self.sinks], [[*range(self._sink_blocks)]])
+        )
         return _StreamBatch(
             input_ids=ids,
             positions=torch.zeros_like(positions),
-            slot_mapping=slots,
-            block_table=table[None],
-            seq_lens=torch.tensor([length], dtype=torch.int32, device=device),
+            slot_mapping=table[positions // block_size - first] * block_size
+            + positions % block_size,
+            block_table=table[None].int(),
+            seq_lens=length,
             cu_seqlens_q=torch.tensor([0, size], dtype=torch.int32, device=device),
             max_seqlen_q=size,
             pool=self.pool,
             rotary=self._rotary,
             turns=_Turns(positions),
-            cache_turns=_Turns(place),
-            window_left=self.window - 1 if start >= self.sinks else -1,
-            sink_table=sink_table[None] if 0 < self.sinks <= start else None,
-            sink_lens=torch.tensor([self.sinks], dtype=torch.int32, device=device),
+            cache_turns=_Turns(torch.full_like(positions, self.sinks + self.window - 1)),
+            full=full,
+            num_sinks=self.sinks,
+            window_left=self.window - 1,
+            sink_table=sink_table,
+            sink_lens=sink_length,
         )
 
 
@@ -225,9 +231,11 @@ class _StreamBatch(PagedBatch):
 
     rotary: list[Rotary | None] = field(kw_only=True)
     turns: _Turns = field(kw_only=True)  # positions in the text
-    cache_turns: _Turns = field(kw_only=True)  # places in the cache
+    cache_turns: _Turns = field(kw_only=True)  # places in the cache, once it is full
+    full: bool = field(kw_only=True)
+    num_sinks: int = field(kw_only=True)
     window_left: int = field(kw_only=True)
-    sink_table: Tensor | None = field(kw_only=True)
+    sink_table: Tensor = field(kw_only=True)
     sink_lens: Tensor = field(kw_only=True)
 
     def append(self, layer_idx: int, key: Tensor, value: Tensor) -> None:
@@ -259,36 +267,64 @@ class _StreamBatch(PagedBatch):
         sinks: Tensor | None,
         softcap: float,
     ) -> Tensor:
-        rotary = self.rotary[layer_idx]
-        k_scale, v_scale = self.pool.scales(layer_idx)
-
-        def attend(
-            turns: _Turns, table: Tensor, lens: Tensor, learned: Tensor | None, causal: bool
-        ) -> tuple[Tensor, Tensor]:
-            turned = query if rotary is None else rotary.rotate(query, turns.of(rotary))
-            return paged_attention(
-                turned,
-                self.pool.key_caches[layer_idx],
-                self.pool.value_caches[layer_idx],
-                table,
-                lens,
-                cu_seqlens_q=self.cu_seqlens_q,
-                max_seqlen_q=self.max_seqlen_q,
-                softmax_scale=softmax_scale,
-                causal=causal,
-                window=(self.window_left, -1) if causal else (-1, -1),
-                sinks=learned,
-                softcap=softcap,
-                k_scale=k_scale,
-                v_scale=v_scale,
-                return_lse=True,
-            )
-
-        # Learned sinks (gpt-oss) are one more term of the softmax: of one part, not of both.
-        recent = attend(self.turns, self.block_table, self.seq_lens, sinks, True)
-        if self.sink_table is None:
+        own = window[0]  # of the layer: how far back it looks, -1 for any distance
+        narrow = own if 0 <= own < self.window_left else self.window_left
+        recent = self._attend(
+            layer_idx, query, self.turns, self.block_table, self.seq_lens, softmax_scale, softcap,
+            window=(narrow if self.full else own, -1), sinks=sinks,
+        )  # fmt: skip
+        # Of the sinks the layer sees those that are near enough to the last place in the cache.
+        hidden = max(0, self.num_sinks + self.window_left - own) if own >= 0 else 0
+        if not self.full or hidden >= self.num_sinks:
             return recent[0]
-        first = attend(self.cache_turns, self.sink_table, self.sink_lens, None, False)
+        # Learned sinks are one more term of the softmax: of one part, not of both.
+        first = self._attend(
+            layer_idx, query, self.cache_turns, self.sink_table, self.sink_lens, softmax_scale,
+            softcap, causal=False, hidden=hidden,
+        )  # fmt: skip
         outs = torch.stack([recent[0], first[0]])[:, None]
         lses = torch.stack([recent[1], first[1]])[:, None]
         return merge_attention(outs, lses)[0][0]
+
+    def _attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        turns: _Turns,
+        table: Tensor,
+        lengths: Tensor,
+        softmax_scale: float | None,
+        softcap: float,
+        *,
+        causal: bool = True,
+        window: tuple[int, int] = (-1, -1),
+        sinks: Tensor | None = None,
+        hidden: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the queries, turned, over one part of the cache but its first tokens."""
+        rotary = self.rotary[layer_idx]
+        cu_seqlens, most = self.cu_seqlens_q, self.max_seqlen_q
+        if hidden:
+            # The same keys for every query: a window says so only to each as a sequence of its own.
+            cu_seqlens = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+            most = 1
+            table, lengths = table.repeat(len(query), 1), lengths.repeat(len(query))
+            window = (self.num_sinks - 1 - hidden, -1)
+        k_scale, v_scale = self.pool.scales(layer_idx)
+        return paged_attention(
+            query if rotary is None else rotary.rotate(query, turns.of(rotary)),
+            self.pool.key_caches[layer_idx],
+            self.pool.value_caches[layer_idx],
+            table,
+            lengths,
+            cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=most,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            return_lse=True,
+        )
