@@ -7,6 +7,7 @@ from torch import nn
 import pumice
 from pumice.prune.pattern import NofM, check_n_of_m
 from tiny_lm import BLOCK_LINEARS, IDS, TinyLm, assert_unchanged, state_of
+from tiny_transformers import build, samples
 
 # Sequences with something to learn: each token says the next one.
 SUCCESSOR = torch.randperm(50, generator=torch.Generator().manual_seed(5))
@@ -147,6 +148,54 @@ def test_sixteen_bit_models_are_trained_in_fp32_and_come_back(trained):
     assert all(p.dtype == torch.bfloat16 for p in tuned.parameters())
     assert loss(tuned.float(), sequences(8, 4)) < 3.0
     assert not any(p.requires_grad for p in tuned.parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.filterwarnings("error")  # of parameters that an optimizer holds twice
+def test_layers_that_share_a_weight_are_trained_apart(rank):
+    """As in a model whose layers were equal, but their own, from the start."""
+
+    def model(shared):
+        lm = TinyLm().requires_grad_(False)
+        first, second = lm.blocks
+        if shared:
+            second.up.weight = first.up.weight
+        else:
+            second.up.weight.copy_(first.up.weight)
+        return lm
+
+    recipe = pumice.PruneAndTune(0.5, rounds=2, criterion="wanda", rank=rank, **SHORT)
+    own, shared = (pumice.compress(model(s), recipe, sequences(4, 3)) for s in (False, True))
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(shared.state_dict()[name], tensor)
+
+
+def test_no_zero_has_a_sign():
+    tuned = pumice.compress(TinyLm(), pumice.PruneAndTune(0.5, rank=2, **SHORT), sequences(4, 3))
+    for name in BLOCK_LINEARS:
+        weight = tuned.get_submodule(name).weight
+        assert not bool(weight[weight == 0].signbit().any())
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [pumice.RTN(4, 16), pumice.LLMInt8(), pumice.SparseGPT(pattern="2:4", bits=4, group_size=32)],
+    ids=lambda recipe: recipe.name,
+)
+def test_compressed_layers_between_are_trained_through(frozen):
+    """Through the gradients of pumice's own operators; they stay as they are."""
+    model, data = build("llama").to(torch.bfloat16), samples(4)
+    model = pumice.compress(model, frozen, data, include="*mlp*")
+    before = state_of(model)
+    recipe = pumice.PruneAndTune(0.5, rounds=1, criterion="wanda", **SHORT)
+    tuned = pumice.compress(model, recipe, data, include="*self_attn*")
+    assert_unchanged(model, before)
+    for name, tensor in tuned.state_dict().items():
+        if "self_attn" not in name:
+            assert torch.equal(tensor, before[name])
+        else:
+            kept = tensor != 0
+            assert float((tensor != before[name])[kept].float().mean()) > 0.5
 
 
 def test_padding_is_not_learned(trained):

@@ -291,17 +291,30 @@ def test_blocks_that_do_not_run_are_noticed():
 
 
 class Experts(nn.Module):
-    def __init__(self):
+    """Of which the second is chosen for no row: not called at all, or with none."""
+
+    def __init__(self, calls_all):
         super().__init__()
         self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.calls_all = calls_all
 
     def forward(self, x):
-        return x + (self.a(x) if bool(x.sum() < 1e9) else self.b(x))
+        a = x[:, 0] < 1e9
+        y = self.a(x[a])
+        if self.calls_all or not bool(a.all()):
+            y = torch.cat((y, self.b(x[~a])))
+        return x + y
 
 
-def test_a_layer_that_is_never_reached_is_named():
-    model = nn.Sequential(Experts(), Experts())
-    for recipe in (pumice.GPTQ(4, 16), pumice.AWQ(4, 16, grid=3)):
+@pytest.mark.parametrize("calls_all", [False, True], ids=["not called", "called with no rows"])
+def test_a_layer_that_is_never_reached_is_named(calls_all):
+    model = nn.Sequential(Experts(calls_all), Experts(calls_all))
+    for recipe in (
+        pumice.GPTQ(4, 16),
+        pumice.AWQ(4, 16, grid=3),
+        pumice.Wanda(0.5),
+        pumice.SparseGPT(0.5),
+    ):
         with pytest.raises(ValueError, match=r"layer '0\.b' received no calibration data"):
             pumice.compress(model, recipe, [torch.randn(40, 16)])
 

@@ -100,17 +100,23 @@ class Block:
                 self.run(sample)
         for name in self.layers:
             if smallest(int(name in collector.leader)) == 0:
-                raise ValueError(
-                    f"layer {self.full_name(name)!r} received no calibration data (an expert that "
-                    "is never chosen?): use more data, or exclude it"
-                )
+                raise self._no_data(name)
         groups: dict[str, list[str]] = {}
         for name in self.layers:
             groups.setdefault(collector.leader[name], []).append(name)
-        return [
-            SharedInput(tuple(names), collector.statistics[leader].finish())
-            for leader, names in groups.items()
-        ]
+        shared = []
+        for leader, names in groups.items():
+            statistic = collector.statistics[leader].finish()
+            if not statistic.tokens:  # called, but with no rows or nothing but padding
+                raise self._no_data(leader)
+            shared.append(SharedInput(tuple(names), statistic))
+        return shared
+
+    def _no_data(self, name: str) -> ValueError:
+        return ValueError(
+            f"layer {self.full_name(name)!r} received no calibration data (an expert that is "
+            "never chosen?): use more data, or exclude it"
+        )
 
     def replace(self, name: str, layer: nn.Module) -> None:
         """Hand over a finished layer; from now on the working copy computes with its weight.

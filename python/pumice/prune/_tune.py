@@ -125,10 +125,11 @@ class _LowRank(nn.Module):
         a = torch.randn(rank, k, generator=generator) / math.sqrt(k)
         self.a = nn.Parameter(a.to(weight))
         self.b = nn.Parameter(weight.new_zeros(n, rank))
-        self.register_buffer("kept", kept)
+        self.register_buffer("gone", ~kept)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (weight + self.b @ self.a) * self.get_buffer("kept")
+        # Filled, for a product with zero may be -0.0.
+        return (weight + self.b @ self.a).masked_fill(self.get_buffer("gone"), 0.0)
 
 
 def _masking(kept: Tensor) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ Language Models", 2023. The training is in :mod:`pumice.prune._tune`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -139,6 +139,7 @@ class PruneAndTune(PruningRecipe):
             teacher = None if teacher is None else copy.deepcopy(teacher).to(device)
         inner = {name: student.get_submodule(name) for name in task.layers}
         linears = {name: m for name, m in inner.items() if isinstance(m, nn.Linear)}
+        _part(linears.values())
         recipes = self.steps_of_pruning()
         rounds = Rounds.open(task.settings.resume, self.to_dict(), linears)
         total = len(recipes) * len(linears)
@@ -187,3 +188,16 @@ class PruneAndTune(PruningRecipe):
             with torch.no_grad():
                 result.bias.copy_(tuned.bias)
         return self.layer(result, result.weight)
+
+
+def _part(linears: Iterable[nn.Linear]) -> None:
+    """Layers that share a parameter get their own, as the replacements of all methods do.
+
+    Otherwise it would be trained twice a step, and pruned by the scores of the last one alone.
+    """
+    seen: set[int] = set()
+    for linear in linears:
+        for name, parameter in list(linear.named_parameters()):
+            if id(parameter) in seen:
+                setattr(linear, name, nn.Parameter(parameter.detach().clone()))
+            seen.add(id(parameter))
