@@ -26,7 +26,8 @@ class PaperStream:
         AttentionInterface.register("paper_stream", self.attention)
 
     def step(self, token):
-        with attention_implementation(self.model, "paper_stream"), torch.no_grad():
+        with_config = [m for m in self.model.modules() if hasattr(m, "config")]
+        with attention_implementation(with_config, "paper_stream"), torch.no_grad():
             return self.model(
                 input_ids=torch.tensor([[token]]),
                 position_ids=torch.zeros(1, 1, dtype=torch.int64),

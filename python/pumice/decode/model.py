@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from pumice._calibrate import evaluation_mode
 from pumice.decode.batch import PagedBatch
+from pumice.decode.modules import ModuleWalk
 from pumice.decode.pool import CachePool, LayerShape
 from pumice.integrations import is_transformers_model
 
@@ -76,6 +77,9 @@ class PagedModel:
                 f"a paged cache needs a model, a torch.nn.Module, not {type(model).__name__}"
             )
         self.model = model
+        self._walk = ModuleWalk(model)
+        self._walked: list[nn.Module] = []  # what _with_config was found in
+        self._with_config: list[Any] = []
         self.is_transformers = is_transformers_model(model) and not hasattr(model, "forward_paged")
         if self.is_transformers:
             from pumice.integrations import attention_paged
@@ -113,17 +117,21 @@ class PagedModel:
     def run(self, batch: PagedBatch, rows: Tensor | None) -> Tensor:
         """As :meth:`forward`, without a look at what the layers did."""
         batch.attended.clear()
-        with self._evaluating(), torch.inference_mode():
+        modules = self._walk()
+        with self._evaluating(modules), torch.inference_mode():
             if self.is_transformers:
                 from pumice.integrations import attention_paged
 
-                return attention_paged.forward(self.model, batch, rows)
+                if self._walked is not modules:
+                    self._walked = modules
+                    self._with_config = [m for m in modules if hasattr(m, "config")]
+                return attention_paged.forward(self.model, batch, rows, self._with_config)
             method: Any = self.model.forward_paged
             return cast(Tensor, method(batch.input_ids, batch.positions, batch, rows))
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        if not any(module.training for module in self.model.modules()):
+    def _evaluating(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        if not any(module.training for module in modules):
             yield
             return
         with evaluation_mode(self.model):

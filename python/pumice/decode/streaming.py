@@ -26,8 +26,8 @@ cache of 4 + 1020 that leaves the last 128 tokens and no sinks, which is what th
 text; with W of at least sinks + window the layer is one like others. So as long as the cache is not
 full all layers see exactly what they see in an ordinary pass.
 
-**Learned sinks** (gpt-oss) are a term of the softmax's sum, without a value: they go into one of the
-two attentions, so the merged sum has them once.
+**Learned sinks** (gpt-oss) are a term of the softmax's sum, without a value: they go into one of
+the two attentions, so the merged sum has them once.
 
 **Frequencies that depend on the length of the text** (dynamic NTK, longrope) are those of a text of
 sinks + window tokens, from the first token on: the logits of the first sinks + window tokens are

@@ -12,7 +12,7 @@ the keys that the cache hands to a layer's attention are marked with the cache t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -133,15 +133,20 @@ def check_model(model: Any) -> None:
         )
 
 
-def forward(model: Any, batch: PagedBatch, rows: Tensor | None) -> Tensor:
-    """Logits of the tokens ``rows``, or of all, of a model of transformers."""
+def forward(
+    model: Any, batch: PagedBatch, rows: Tensor | None, with_config: Iterable[Any]
+) -> Tensor:
+    """Logits of the tokens ``rows``, or of all, of a model of transformers.
+
+    ``with_config``: its modules that have a ``config``.
+    """
     # Four-dimensional masks are handed through as they are. Without one, some models make their
     # own from positions that start again, S × S, to keep packed sequences apart.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_forward)
-    with attention_implementation(model, NAME):
+    with attention_implementation(with_config, NAME):
         token = _running.set(batch)
         try:
             output = model(
@@ -158,15 +163,15 @@ def forward(model: Any, batch: PagedBatch, rows: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def attention_implementation(model: Any, name: str) -> Iterator[None]:
-    """``attn_implementation=name`` for the time being.
+def attention_implementation(with_config: Iterable[Any], name: str) -> Iterator[None]:
+    """``attn_implementation=name`` for the time being, in the configs of these modules.
 
     Written into the configurations, where the layers look it up at every call. What
     ``set_attn_implementation`` does besides, checking and loading kernels, takes longer than a
     decoding step of a small model.
     """
     # By identity, for configurations are compared by value, and not hashed.
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs = {id(module.config): module.config for module in with_config}
     before = [
         (config, config._attn_implementation_internal)
         for config in configs.values()
