@@ -59,7 +59,7 @@ def load(bars: Progress, dtype: str, out: Path, **sizes: int) -> Setting:
         tokenizer=tokenizer,
         evaluation=token_ids(load_text(TEXT, progress=say)),
         calibration=token_ids(load_text(TEXT, split="calibration", progress=say)),
-        kept=out / "models" / dtype,
+        kept=out / "models" / f"{MODEL}-{dtype}",
         **sizes,
     )
 
@@ -101,18 +101,26 @@ def compare(
 def _compressed(bars: Progress, setting: Setting, method: Method) -> nn.Module:
     if method.recipe is None:
         return setting.model
-    folder = setting.kept / f"{method.name}-{method.digest}"
+    windows = spread(setting.calibration, method.calibration + method.observed, setting.context)
+    folder = setting.kept / f"{method.name}-{method.digest(windows)}"
     if method.calibration and folder.is_dir():
         return pumice.load(folder)
-    count = method.calibration + method.observed
-    windows = setting.calibration[: count * setting.context].view(count, 1, setting.context)
     with _console.step(bars, f"compressing: {method.label}") as advance:
         compressed = pumice.compress(
             setting.model,
             method.recipe,
-            list(windows) or None,
+            windows or None,
             progress=lambda done, total, name: advance(done, total),
         )
     if method.calibration:
         pumice.save(compressed, folder)
     return compressed
+
+
+def spread(ids: Tensor, count: int, context: int) -> list[Tensor]:
+    """Windows [1, context] spread evenly over a text: its beginning is one article alone."""
+    available = len(ids) // context
+    if count > available:
+        raise ValueError(f"{len(ids)} tokens give {available} windows of {context}, not {count}")
+    starts = [index * available // count * context for index in range(count)]
+    return [ids[None, start : start + context] for start in starts]

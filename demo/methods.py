@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 import pumice
 from pumice.quantize import Recipe
@@ -20,11 +23,11 @@ class Method:
     calibration: int = 0  # windows that the method looks at
     observed: int = 0  # windows that only the report of the method looks at
 
-    @property
-    def digest(self) -> str:
-        """Of everything that the compressed weights depend on."""
+    def digest(self, calibration: Sequence[Tensor]) -> str:
+        """Of what the compressed weights depend on, beside the model."""
         settings = self.recipe.to_dict() if self.recipe else None
-        text = json.dumps([pumice.__version__, settings, self.calibration], sort_keys=True)
+        tokens = [window.tolist() for window in calibration]
+        text = json.dumps([pumice.__version__, settings, tokens], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
