@@ -142,6 +142,23 @@ def test_a_known_prompt_is_not_computed_again(plain):
     assert without.stats().cache.prompt_hits == 0
 
 
+@pytest.mark.parametrize("family", ["plain", "llama", "mistral, window"])
+def test_equal_prompts_that_come_together_are_computed_once(family, plain):
+    model = plain
+    if family != "plain":
+        model = pytest.importorskip("decoders").build(family)
+    expected = first_samples(engine_of(model, prefix_cache=False), [PROMPTS[4]], greedy(6))
+    engine = engine_of(model)
+    prompts = [PROMPTS[4]] * 4 + [[*PROMPTS[4], 5, 6]]
+    found = first_samples(engine, prompts, greedy(6))
+    assert found[:4] == expected * 4
+    assert found[4:] == first_samples(engine_of(model), prompts[4:], greedy(6))
+    stats = engine.stats()
+    assert stats.cache.prompt_hits == 4 * 28
+    assert stats.computed_tokens == 30 + 3 * 2 + 4 + 5 * 5
+    assert stats.passes == 6
+
+
 # Ends.
 
 

@@ -66,6 +66,51 @@ def test_a_known_prompt_is_not_read_again():
     driver.assert_as_undisturbed()
 
 
+def test_equal_prompts_of_one_pass_are_read_once():
+    driver = Driver(64, max_batch_tokens=32)
+    requests = [driver.add(prompt_of(10), 3) for _ in range(3)]
+    requests.append(driver.add([*prompt_of(5), 9, 9], 3))
+    driver.run()
+    # Two blocks of four are shared, one by the last; the rest is everybody's own.
+    assert counts_of(driver)[0] == {0: 10, 1: 2, 2: 2, 3: 3}
+    assert [request.num_cached for request in requests] == [0, 8, 8, 4]
+    assert driver.passes[0].step.block_table[1, :2].tolist() == (
+        driver.passes[0].step.block_table[0, :2].tolist()
+    )
+    driver.assert_as_undisturbed()
+    driver.assert_empty()
+
+
+def test_a_prompt_that_is_read_in_pieces_is_shared_as_far_as_it_is_planned():
+    driver = Driver(64, max_batch_tokens=9)
+    for _ in range(2):
+        driver.add(prompt_of(14), 2)
+    driver.run()
+    # The second comes in beside the last piece of the first, and finds all of it.
+    assert counts_of(driver)[:3] == [{0: 9}, {0: 5, 1: 2}, {0: 1, 1: 1}]
+    driver.assert_as_undisturbed()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_after_a_failed_pass_nothing_is_found_that_it_should_have_written(others):
+    driver = Driver(64)
+    poisoned = driver.add(prompt_of(10), 3)
+    driver.poison = {poisoned.id}
+    for _ in range(others):
+        driver.add(prompt_of(10), 3)
+    driver.step()
+    driver.cache[:] = -1
+    while driver.scheduler.has_work:
+        driver.step()
+    again = driver.add(prompt_of(10), 3)
+    assert (driver.manager.match_prefix(prompt_of(10)) > 0) == (others > 0)  # of those that ran
+    driver.run()
+    assert again.num_generated == 3
+    assert driver.failed == [poisoned]
+    driver.assert_as_undisturbed()
+    driver.assert_empty()
+
+
 def test_the_youngest_gives_way_and_goes_on_where_it_was():
     driver = Driver(6, max_batch_tokens=32)
     old = driver.add(prompt_of(8), 14)

@@ -269,7 +269,9 @@ class BlockManager:
         """Declare the first ``lengths[i]`` tokens, or all, computed: their blocks can be found.
 
         To be called after the forward pass that wrote their keys and values. Until then no prompt
-        finds them. Never takes back what was committed.
+        finds them. Never takes back what was committed. (Before that pass it may be called where
+        whoever finds them takes part in the same pass, and :meth:`clear_cache` follows if it
+        fails.)
         """
         self._core.commit(ids, lengths)
 

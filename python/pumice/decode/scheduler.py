@@ -12,6 +12,11 @@ al., 2023): its tokens are kept, so nobody sees a difference. Requests are admit
 arrival, and the oldest one is never preempted: with room for any one request alone, which
 :meth:`Scheduler.add` demands, all of them end.
 
+A request that begins like one that is read in the same pass reads the rest only: in each layer all
+keys of a pass are written before any query looks at them, so the blocks that the other one fills
+serve both. Hence blocks can be found from the moment they are planned; after a pass that fails none
+can any more.
+
 No torch here: a :class:`Plan` is numbers.
 """
 
@@ -69,6 +74,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.preemptions = 0
         self._suspects = False  # whether there is any: looking for them takes time
+        self._announced = False  # blocks can be found that a pass has yet to write
 
     @property
     def has_work(self) -> bool:
@@ -109,6 +115,7 @@ class Scheduler:
         if len(held) < len(gone):
             self.waiting = deque(r for r in self.waiting if r.id not in ended)
         self.running = [request for request in self.running if request.id not in ended]
+        self._withdraw()
 
     def fork(self, parent: Request, children: Sequence[Request]) -> None:
         """Let the children, copies of a running request, share what it has computed."""
@@ -135,15 +142,17 @@ class Scheduler:
         requests, counts, preempted = self._grow(drafts)
         sequences, tokens = _ids(requests), _tokens(requests, counts, drafts)
         step = self.manager.append(sequences, tokens, counts)
-        if self.waiting and not preempted and self._admit(requests, counts):
-            sequences, tokens = _ids(requests), _tokens(requests, counts, drafts)
-            step = self.manager.view(sequences, counts)._replace(copies=step.copies)
+        drafted = _num_drafts(requests, drafts)
+        if self.waiting and not preempted:
+            # Those that read a prompt; what others generate hardly begins a prompt that waits.
+            self._announce(sequences[np.array(counts, np.int64) - drafted > 1])
+            if self._admit(requests, counts):
+                sequences, tokens = _ids(requests), _tokens(requests, counts, drafts)
+                step = self.manager.view(sequences, counts)._replace(copies=step.copies)
+                drafted = _num_drafts(requests, drafts)
         if not requests:
             return None
-        num_drafts = np.zeros(len(requests), np.int64)
-        if drafts:
-            num_drafts[:] = [len(drafts.get(request.id, ())) for request in requests]
-        return Plan(requests, sequences, np.array(counts, np.int64), num_drafts, tokens, step)
+        return Plan(requests, sequences, np.array(counts, np.int64), drafted, tokens, step)
 
     def computed(self, plan: Plan, accepted: Sequence[int] | None = None) -> None:
         """The forward pass is done. Of each request's drafts the first ``accepted`` stay."""
@@ -153,6 +162,7 @@ class Scheduler:
             kept = plan.counts - rejected
             self.manager.truncate(plan.sequences, plan.step.seq_lens - rejected)
         self.manager.commit(plan.sequences)
+        self._announced = False
         for request, count in zip(plan.requests, kept.tolist(), strict=True):
             request.num_computed += count
 
@@ -167,6 +177,7 @@ class Scheduler:
         self._suspects = True
         for request in reversed(plan.requests):
             self._preempt(request)
+        self._withdraw()
 
     # The parts of it.
 
@@ -227,6 +238,18 @@ class Scheduler:
                 shares.append(count)
         return requests, shares
 
+    def _announce(self, sequences: npt.NDArray[np.int64]) -> None:
+        """Let those that are admitted after these find what the next pass writes of them."""
+        if len(sequences):
+            self.manager.commit(sequences)
+            self._announced = True
+
+    def _withdraw(self) -> None:
+        """Let nobody find what was announced by a pass that has not succeeded."""
+        if self._announced:
+            self.manager.clear_cache()
+            self._announced = False
+
     def _youngest(self, taking_part: Sequence[Request]) -> Request:
         """Whose turn to give way it is: a request that runs alone asks all the others first."""
         others = [r for r in self.running if not r.suspect] if taking_part[0].suspect else None
@@ -264,6 +287,7 @@ class Scheduler:
                 break
             requests.append(request)
             counts.append(self._start(request, left))
+            self._announce(_ids([request]))
             left -= counts[-1]
             slots -= request.forks
         return len(requests) > before
@@ -300,6 +324,14 @@ def _age(request: Request) -> tuple[int, int]:
 
 def _ids(requests: Sequence[Request]) -> npt.NDArray[np.int64]:
     return np.array([request.sequence for request in requests], np.int64)
+
+
+def _num_drafts(
+    requests: Sequence[Request], drafts: Mapping[int, Sequence[int]]
+) -> npt.NDArray[np.int64]:
+    if not drafts:
+        return np.zeros(len(requests), np.int64)
+    return np.array([len(drafts.get(request.id, ())) for request in requests], np.int64)
 
 
 def _tokens(
