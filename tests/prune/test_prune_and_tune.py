@@ -230,6 +230,7 @@ def test_padding_is_not_learned(trained):
         (TinyLm(), [], "needs calibration data"),
         (nn.Sequential(nn.Linear(8, 8)), [torch.randn(4, 8)], "token ids.*objective='teacher'"),
         (TinyLm(), [IDS[0]], "token ids"),
+        (TinyLm(), [IDS[:, :1]], "samples of one token have no next one"),
     ],
 )
 def test_what_it_cannot_tune_is_refused(model, data, message):

@@ -1,5 +1,7 @@
 """Interrupted and data-parallel runs of pruning methods give the same weights."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import distributed as dist
@@ -89,9 +91,17 @@ def test_finished_rounds_are_not_tuned_again(tmp_path, monkeypatch):
 
 def test_rounds_of_another_run_are_not_continued(tmp_path):
     pumice.compress(TinyLm(), TUNING, [IDS] * 2, resume=tmp_path)
-    other = pumice.PruneAndTune(0.7, rounds=3, steps=4, batch=2, learning_rate=1e-3)
-    with pytest.raises(ValueError, match=r"tuned\.safetensors is of another run"):
-        pumice.compress(TinyLm(), other, [IDS] * 2, resume=tmp_path)
+    longer = dataclasses.replace(TUNING, steps=4)
+    unlike = TinyLm()
+    unlike.embed.weight.data[0, 0] += 1.0
+    for model, recipe, data in (
+        (TinyLm(), longer, [IDS] * 2),
+        (unlike, TUNING, [IDS] * 2),
+        (TinyLm(), TUNING, [IDS, IDS + 1]),
+        (TinyLm(), TUNING, [{"ids": IDS}, {"ids": IDS[:, :-1]}]),
+    ):
+        with pytest.raises(ValueError, match=r"tuned\.safetensors is of another run"):
+            pumice.compress(model, recipe, data, resume=tmp_path)
     path = tmp_path / "round-00" / "tuned.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"tuned\.safetensors is not a finished round"):

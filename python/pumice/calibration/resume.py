@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pumice._tensors import require_safetensors
 from pumice.calibration.block import Block
 from pumice.calibration.comm import rank, smallest
-from pumice.calibration.inputs import BlockInputs
+from pumice.calibration.inputs import BlockInputs, map_structure
 from pumice.nn import CompressedLinear, layer_from_config
 
 _RUN = "run.json"
@@ -162,6 +162,16 @@ def write(path: Path, content: bytes) -> None:
 
 def _digest(inputs: BlockInputs) -> str:
     """Of all that the first block is called with: the data, and the model up to there."""
+    return digest_of(
+        [
+            (hidden, *calls[0].args, *calls[0].kwargs.values())
+            for hidden, calls in zip(inputs.activations, inputs.calls, strict=True)
+        ]
+    )
+
+
+def digest_of(values: Any) -> str:
+    """Of the tensors in nested tuples, lists and dicts."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -173,14 +183,12 @@ def _digest(inputs: BlockInputs) -> str:
                 else str(value.item()).encode()
             )
 
-    for hidden, calls in zip(inputs.activations, inputs.calls, strict=True):
-        for value in (hidden, *calls[0].args, *calls[0].kwargs.values()):
-            add(value)
+    map_structure(add, values)
     return digest.hexdigest()
 
 
 def weights_digest(module: nn.Module) -> list[str]:
-    """Of a block's parameters: two sums of each, enough to tell one model from another."""
+    """Of a module's parameters: two sums of each, enough to tell one model from another."""
     return [
         f"{float(p.double().sum()).hex()} {float(p.double().square().sum()).hex()}"
         for p in module.parameters()

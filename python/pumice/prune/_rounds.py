@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice._tensors import require_safetensors
-from pumice.calibration.resume import weights_digest, write
+from pumice.calibration.resume import digest_of, weights_digest, write
 
 
 class Rounds:
@@ -27,14 +27,31 @@ class Rounds:
 
     @classmethod
     def open(
-        cls, folder: str | Path | None, recipe: Mapping[str, Any], layers: Mapping[str, nn.Linear]
+        cls,
+        folder: str | Path | None,
+        recipe: Mapping[str, Any],
+        model: nn.Module,
+        layers: Iterable[str],
+        data: Sequence[Any],
     ) -> Rounds:
+        """Begin a run, or go on with the one that the folder holds.
+
+        Args:
+            recipe: its settings.
+            model: as it is before the first round.
+            layers: the names of those that are pruned.
+            data: the calibration inputs.
+        """
         if folder is None:
             return cls(None, "")
         with torch.no_grad():
-            weights = {name: weights_digest(linear) for name, linear in layers.items()}
-        about = json.dumps({"recipe": dict(recipe), "weights": weights}, sort_keys=True)
-        return cls(Path(folder), about)
+            about = {
+                "recipe": dict(recipe),
+                "layers": list(layers),
+                "weights": weights_digest(model),
+                "calibration": digest_of(data),
+            }
+        return cls(Path(folder), json.dumps(about, sort_keys=True))
 
     def folder(self, index: int) -> Path | None:
         """For the criterion's own run."""
@@ -58,8 +75,8 @@ class Rounds:
             raise ValueError(f"resume: {path} is not a finished round: {error}") from error
         if about != self._about:
             raise ValueError(
-                f"resume: {path} is of another run: other settings, layers or weights; pass "
-                "another folder, or remove this one to start anew"
+                f"resume: {path} is of another run: other settings, layers, weights or calibration "
+                "data; pass another folder, or remove this one to start anew"
             )
         with torch.no_grad():
             for name, linear in layers.items():

@@ -163,6 +163,8 @@ def _loss(model: nn.Module, sample: Any, teacher: nn.Module | None) -> Tensor:
             f"PruneAndTune: logits of shape {list(logits.shape)} do not predict token ids of shape "
             f"{list(ids.shape)}; pass objective='teacher'"
         )
+    if ids.shape[1] < 2:
+        raise ValueError("PruneAndTune: samples of one token have no next one to predict")
     surprise = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     ).view(len(ids), -1)

@@ -141,7 +141,7 @@ class PruneAndTune(PruningRecipe):
         linears = {name: m for name, m in inner.items() if isinstance(m, nn.Linear)}
         _part(linears.values())
         recipes = self.steps_of_pruning()
-        rounds = Rounds.open(task.settings.resume, self.to_dict(), linears)
+        rounds = Rounds.open(task.settings.resume, self.to_dict(), student, linears, data)
         total = len(recipes) * len(linears)
         tuning = Tuning(self.steps, self.batch, self.learning_rate, self.rank, self.objective)
         for index, recipe in enumerate(recipes):

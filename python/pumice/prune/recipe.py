@@ -81,7 +81,7 @@ class PruningRecipe(Recipe):
 
     @property
     def stores_2_of_4(self) -> bool:
-        """Whether layers store two of every four weights: all patterns that 2:4 includes do."""
+        """Whether layers store two of every four weights: those of 2:4 and 1:4 do."""
         fits = self.structure is not None and self.structure.of == 4 and self.structure.kept <= 2
         return fits and self.store == "sparse"
 
