@@ -3,7 +3,7 @@
 SmolLM2-135M pruned by magnitude, by Wanda and by SparseGPT, to half of all weights anywhere and to
 2 of every 4, alone and with 4-bit integers in the same sweep; perplexity, size and tokens a second
 of each. Half of the zeros anywhere saves nothing but what a method is judged by: the weight stays
-dense. 2:4 is what a layer stores and multiplies in half the bytes, int4 + 2:4 in a sixth of 16-bit
+dense. 2:4 is what a layer stores and multiplies in half the bytes, int4 + 2:4 in a fifth of 16-bit
 ones. Calibrated on windows from all of the text: of one article SparseGPT learns too much, and
 falls behind Wanda at 50 %. Exits with 1 if the papers' order does not show.
 """

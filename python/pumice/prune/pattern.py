@@ -127,7 +127,7 @@ def smallest(score: Tensor, count: int) -> Tensor:
     limit = score.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
     below, equal = score < limit, score == limit
     room = count - below.sum(1, keepdim=True)
-    return below | (equal & (equal.cumsum(1) <= room))
+    return below | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
 
 
 def zeros_of(ratio: float, count: int) -> int:
