@@ -9,6 +9,8 @@ from pumice.prune.pattern import NofM, check_n_of_m
 from tiny_lm import BLOCK_LINEARS, IDS, TinyLm, assert_unchanged, state_of
 from tiny_transformers import build, samples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+
 # Sequences with something to learn: each token says the next one.
 SUCCESSOR = torch.randperm(50, generator=torch.Generator().manual_seed(5))
 

@@ -13,6 +13,8 @@ from pumice.prune.pattern import NofM, check_n_of_m
 from tiny_lm import BLOCK_LINEARS, IDS, TinyLm, assert_unchanged, state_of
 from tiny_transformers import build, samples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+
 FAMILIES = ["llama", "qwen2", "mistral", "gemma", "opt", "pythia"]
 
 

@@ -10,6 +10,8 @@ import pumice
 from pumice.prune.pattern import NofM, check_n_of_m
 from pumice.quantize import make_recipe, recipe_from_dict, recipe_names
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+
 
 @pytest.mark.parametrize(
     "recipe",

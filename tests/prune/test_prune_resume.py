@@ -14,6 +14,8 @@ from tiny_transformers import build, samples
 
 pytest.importorskip("safetensors")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+
 RECIPES = [
     pumice.Wanda(0.6),
     pumice.SparseGPT(0.6),

@@ -11,6 +11,8 @@ from pumice.nn import Int4Linear, Sparse24Linear
 from pumice.prune.pattern import NofM, check_n_of_m
 from tiny_transformers import build, samples
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are few")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 METHODS = [pumice.Magnitude, pumice.Wanda, pumice.SparseGPT]
 

@@ -348,16 +348,17 @@ def test_weights_with_nan_are_named():
             pumice.compress(model, recipe, [IDS] * 8 if recipe.name == "gptq" else None)
 
 
-def test_little_data_works_and_warns_once():
+@pytest.mark.parametrize("recipe", [pumice.GPTQ(4, 16), pumice.SparseGPT(bits=4, group_size=16)])
+def test_little_data_works_and_warns_once(recipe):
     with pytest.warns(UserWarning, match="calibration tokens") as caught:
-        result = pumice.compress(TinyLm(), pumice.GPTQ(4, 16), [IDS[:1, :2]])
+        result = pumice.compress(TinyLm(), recipe, [IDS[:1, :2]])
     assert compressed(result) == BLOCK_LINEARS
     (message,) = [str(warning.message) for warning in caught]
-    assert "2 calibration tokens" in message
+    assert message.startswith(f"{type(recipe).__name__}: 2 calibration tokens")
     assert "few for the 24 inputs of blocks.0.up" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pumice.compress(TinyLm(), pumice.GPTQ(4, 16), [IDS] * 21)  # 294 tokens, 72 features
+        pumice.compress(TinyLm(), recipe, [IDS] * 21)  # 294 tokens, 72 features
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pumice.calibration import Block, Hessian, Stage
+from pumice.calibration import Block, Hessian, SharedInput, Stage
 from pumice.nn import Int4Linear, Sparse24Linear
 from pumice.prune.pattern import Amount
 from pumice.prune.recipe import PruningRecipe
 from pumice.prune.sparsegpt_solver import Part, Solution, solve
 from pumice.quantize.calibrated import CalibratedRecipe
 from pumice.quantize.grid import Grid, check_grid, scale_dtype_for
+from pumice.quantize.hessian_stage import HessianStage
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class SparseGPT(PruningRecipe, CalibratedRecipe):
     the same sweep, so that each makes up for the zeros and the rounding before it: 2:4 becomes a
     :class:`pumice.nn.Sparse24Linear` of integers, any other pattern a :class:`pumice.nn.Int4Linear`
     that holds its zero points where weights are gone.
+
+    Calibrate on text of many kinds: of a single article it learns what is peculiar to it, and stays
+    behind :class:`pumice.Wanda`. It warns of fewer than four tokens for an input.
 
     Layers outside of the model's repeated blocks, if chosen, are pruned (and rounded) as if their
     inputs were independent and alike, H = 1, which is by magnitude.
@@ -137,35 +141,33 @@ class SparseGPT(PruningRecipe, CalibratedRecipe):
         )
 
 
-class SparseGPTStage(Stage):
-    """Collect the Hessians of a block and prune its layers, those of one input together."""
+class SparseGPTStage(HessianStage):
+    """Prune a block's layers, those of one input together."""
 
     def __init__(self, recipe: SparseGPT) -> None:
+        super().__init__(type(recipe).__name__)
         self._recipe = recipe
 
-    def process(self, block: Block) -> None:
+    def compress(self, block: Block, group: SharedInput[Hessian]) -> None:
         recipe = self._recipe
-        shared = block.collect(lambda _, linear: Hessian(linear.in_features, block.device))
-        while shared:
-            group = shared.pop(0)  # its Hessian is freed when it is done
-            linears = [block.layers[name] for name in group.names]
-            weights: list[Tensor] = []
-            amounts: list[Amount] = []
-            for name, linear in zip(group.names, linears, strict=True):
-                with block.naming(name):
-                    weights.append(recipe.weight(linear))
-                    amounts.append(recipe.amount(block.full_name(name), linear))
-            parts = [Part(len(w), amount) for w, amount in zip(weights, amounts, strict=True)]
-            solution, grid = recipe.solve(
-                torch.cat(weights),
-                group.statistic.value,
-                parts,
-                f"layer {block.full_name(group.names[0])!r}",
-            )
-            start = 0
-            for name, linear, part in zip(group.names, linears, parts, strict=True):
-                own = solution.rows(start, start + part.rows)
-                start += part.rows
-                with block.naming(name):
-                    layer = recipe.solved_layer(linear, own, grid)
-                block.replace(name, layer)
+        linears = [block.layers[name] for name in group.names]
+        weights: list[Tensor] = []
+        amounts: list[Amount] = []
+        for name, linear in zip(group.names, linears, strict=True):
+            with block.naming(name):
+                weights.append(recipe.weight(linear))
+                amounts.append(recipe.amount(block.full_name(name), linear))
+        parts = [Part(len(w), amount) for w, amount in zip(weights, amounts, strict=True)]
+        solution, grid = recipe.solve(
+            torch.cat(weights),
+            group.statistic.value,
+            parts,
+            f"layer {block.full_name(group.names[0])!r}",
+        )
+        start = 0
+        for name, linear, part in zip(group.names, linears, parts, strict=True):
+            own = solution.rows(start, start + part.rows)
+            start += part.rows
+            with block.naming(name):
+                layer = recipe.solved_layer(linear, own, grid)
+            block.replace(name, layer)

@@ -6,23 +6,18 @@ Pre-trained Transformers", 2022. The solver is in :mod:`pumice.quantize.gptq_sol
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pumice.calibration import Block, Hessian, Stage
+from pumice.calibration import Block, Hessian, SharedInput, Stage
 from pumice.nn import Int4Linear
 from pumice.quantize.calibrated import CalibratedRecipe
 from pumice.quantize.gptq_solver import solve
 from pumice.quantize.grid import Grid, check_grid, scale_dtype_for
+from pumice.quantize.hessian_stage import HessianStage
 from pumice.quantize.rtn import check_finite, round_linear
-
-# With less data GPTQ fits the sample. Output error on held-out text over that of plain rounding,
-# down_proj of SmolLM2-135M (K = 1536, 4 bit, groups of 64, damp 0.01): block 14, 2048 tokens 1.06,
-# 4096 tokens 0.92, 8192 tokens 0.86; block 3, 4096 tokens 1.13. With damp 1, block 14: 0.87, 0.86.
-_TOKENS_PER_FEATURE = 4
 
 
 @dataclass(frozen=True)
@@ -77,68 +72,49 @@ class GPTQ(CalibratedRecipe):
         return round_linear(linear, self.bits, self.group_size, self.symmetric, mse=self.mse)
 
 
-class GPTQStage(Stage):
-    """Collect the Hessians of a block and quantize its layers, those of one input together."""
+class GPTQStage(HessianStage):
+    """Quantize a block's layers, those of one input together."""
 
     def __init__(self, recipe: GPTQ) -> None:
+        super().__init__(type(recipe).__name__)
         self._recipe = recipe
-        self._warned = False
 
-    def process(self, block: Block) -> None:
-        recipe = self._recipe
-        shared = block.collect(lambda _, linear: Hessian(linear.in_features, block.device))
-        while shared:
-            group = shared.pop(0)  # its Hessian is freed when it is done
-            names = group.names
-            self._check_tokens(group.statistic.tokens, block, names[0])
-            # Rows are independent: layers of one input are rows of one matrix, factored once.
-            linears = [block.layers[name] for name in names]
-            weights = []
-            for name, linear in zip(names, linears, strict=True):
-                with block.naming(name):
-                    weights.append(check_finite(linear))
-            weight = torch.cat(weights)
-            grid = Grid(
-                recipe.bits, recipe.symmetric, recipe.mse, scale_dtype_for(weight, recipe.bits)
+    def compress(self, block: Block, group: SharedInput[Hessian]) -> None:
+        recipe, names = self._recipe, group.names
+        linears = [block.layers[name] for name in names]
+        weights = []
+        for name, linear in zip(names, linears, strict=True):
+            with block.naming(name):
+                weights.append(check_finite(linear))
+        weight = torch.cat(weights)
+        grid = Grid(recipe.bits, recipe.symmetric, recipe.mse, scale_dtype_for(weight, recipe.bits))
+        solution = solve(
+            weight,
+            group.statistic.value,
+            grid,
+            recipe.group_size,
+            damp=recipe.damp,
+            act_order=recipe.act_order,
+            static_groups=recipe.static_groups,
+            block_size=recipe.block_size,
+            where=f"layer {block.full_name(names[0])!r}",
+        )
+        rows = [linear.out_features for linear in linears]
+        for name, linear, q, scale, zero in zip(
+            names,
+            linears,
+            solution.q.split(rows),
+            solution.scale.split(rows),
+            solution.zero.split(rows),
+            strict=True,
+        ):
+            layer = Int4Linear.from_quantized(
+                linear,
+                q,
+                scale.to(grid.scale_dtype),
+                None if recipe.symmetric else zero.to(torch.uint8),
+                bits=recipe.bits,
+                group_size=recipe.group_size,
+                perm=solution.perm,
             )
-            solution = solve(
-                weight,
-                group.statistic.value,
-                grid,
-                recipe.group_size,
-                damp=recipe.damp,
-                act_order=recipe.act_order,
-                static_groups=recipe.static_groups,
-                block_size=recipe.block_size,
-                where=f"layer {block.full_name(names[0])!r}",
-            )
-            rows = [linear.out_features for linear in linears]
-            for name, linear, q, scale, zero in zip(
-                names,
-                linears,
-                solution.q.split(rows),
-                solution.scale.split(rows),
-                solution.zero.split(rows),
-                strict=True,
-            ):
-                layer = Int4Linear.from_quantized(
-                    linear,
-                    q,
-                    scale.to(grid.scale_dtype),
-                    None if recipe.symmetric else zero.to(torch.uint8),
-                    bits=recipe.bits,
-                    group_size=recipe.group_size,
-                    perm=solution.perm,
-                )
-                block.replace(name, layer)
-
-    def _check_tokens(self, tokens: int, block: Block, name: str) -> None:
-        features = block.layers[name].in_features
-        if tokens < _TOKENS_PER_FEATURE * features and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"GPTQ: {tokens} calibration tokens are few for the {features} inputs of "
-                f"{block.full_name(name)}, {_TOKENS_PER_FEATURE} an input or a damp of 0.1 to 1 "
-                "fit the sample less",
-                stacklevel=2,
-            )
+            block.replace(name, layer)
