@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from pumice.decode import Engine, SamplingParams
 
@@ -15,6 +16,13 @@ VOCABULARY = 61
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, VOCABULARY), k=length)
+
+
+PROMPTS = [prompt_of(n, seed=n) for n in (1, 2, 7, 19, 30, 4, 11, 3)]
+
+
+def engine_of(model: nn.Module, **options: Any) -> Engine:
+    return Engine(model, **{"num_blocks": 200, "block_size": 4, **options})
 
 
 def greedy(count: int = 12, **options: Any) -> SamplingParams:

@@ -112,7 +112,8 @@ class Driver:
                     break
                 length += 1
                 accepted[i] += 1
-        self.scheduler.computed(plan, accepted)
+        moves = self.scheduler.computed(plan, [range(n) for n in accepted])
+        assert moves is None or not len(moves.source)  # chains stay where they are
         for i, request in enumerate(plan.requests):
             if request.id in new:
                 self.take(request, new[request.id], seen[i])

@@ -1,24 +1,16 @@
 """Speculative decoding by trees: the same tokens as without, whatever the trees."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
-from distribution import FALSE_ALARM, joint, next_probs, surprise
+from distribution import FALSE_ALARM, joint, surprise
 from sharp_models import sharp
+from tree_drafts import GREEDY, WARM, Wild, continued, prompt
 
 from pumice.decode.block_manager import OutOfBlocksError
-from pumice.decode.draft import DraftRequest
-from pumice.decode.draft_tree import ROOT, NgramTreeDraft, Tree, TreeDraft
+from pumice.decode.draft_tree import NgramTreeDraft
 from pumice.decode.draft_tree_model import ModelTreeDraft
-from pumice.decode.pool import CachePool
 from pumice.decode.request import SamplingParams
 from pumice.decode.speculative import TreeDecoder
-from pumice.decode.tree_step import move_tokens, tree_mask
-
-GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
-WARM = SamplingParams(max_new_tokens=3, temperature=1.3, top_k=4, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -30,100 +22,6 @@ def model():
 def other():
     """Another model, that agrees with the first now and then."""
     return sharp("llama", noise=0.15)
-
-
-def prompt(length, seed=0):
-    return torch.randint(0, 61, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.no_grad()
-def continued(model, tokens, count):
-    """Greedy, the whole text through the model for every token."""
-    tokens = list(tokens)
-    for _ in range(count):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[-count:]
-
-
-class Wild(TreeDraft):
-    """Random trees that hold, where asked, some of the true continuation, between wrong branches:
-    what is accepted hardly ever lies in consecutive nodes."""
-
-    def __init__(self, truth=None, max_nodes=12, vocabulary=range(61), seed=0):
-        self.truth = truth
-        self.max_nodes = max_nodes
-        self.vocabulary = vocabulary
-        self.generator = random.Random(seed)
-        self.released = []
-
-    def propose(self, requests):
-        return [self.tree(request) for request in requests]
-
-    def tree(self, request):
-        tree = Tree()
-        depths = [0]
-        for _ in range(self.generator.randrange(self.max_nodes)):
-            parent = self.generator.randrange(-1, len(tree))
-            if depths[parent + 1] < request.max_drafts:
-                tree.add(self.generator.choice(self.vocabulary), parent)
-                depths = [0, *tree.depths()]
-        if self.truth is not None:
-            text = self.truth[tuple(request.tokens[:4])]
-            node = ROOT
-            length = self.generator.randrange(min(5, request.max_drafts) + 1)
-            for token in text[len(request.tokens) : len(request.tokens) + length]:
-                node = tree.add(token, node)
-        return tree
-
-    def release(self, id):
-        self.released.append(id)
-
-
-def test_a_tree_knows_its_nodes():
-    tree = Tree()
-    a = tree.add(5, ROOT)
-    b = tree.add(6, a)
-    c = tree.add(5, b)
-    assert tree.add(6, a) == b
-    d = tree.add(7, a)
-    assert (len(tree), tree.tokens, tree.parents) == (4, [5, 6, 5, 7], [-1, 0, 1, 0])
-    assert tree.depths() == [1, 2, 3, 2]
-    assert tree.ancestors() == [[a], [a, b], [a, b, c], [a, d]]
-
-
-def test_the_mask_shows_a_node_its_ancestors():
-    generator = random.Random(0)
-    trees = []
-    for size in (0, 5, 1, 9):
-        parents = [generator.randrange(-1, i) for i in range(size)]
-        trees.append(Tree(list(range(size)), parents))
-    mask = tree_mask(trees)
-    assert mask.shape == (4 + 15, 10)
-    row = 0
-    for tree in trees:
-        for query in range(1 + len(tree)):
-            seen, node = {query}, query
-            while node > 0:
-                node = tree.parents[node - 1] + 1
-                seen.add(node)
-            assert set(mask[row].nonzero().flatten().tolist()) == seen
-            row += 1
-
-
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
-def test_tokens_are_moved_in_every_layer_also_onto_each_other(cache_dtype):
-    scales = [(torch.ones(1), torch.ones(1))] * 2 if cache_dtype else None
-    pool = CachePool(4, 4, [(2, 8, 8), (1, 4, 2)], torch.float32, cache_dtype, scales=scales)
-    caches = [*pool.key_caches, *pool.value_caches]
-    for cache in caches:
-        cache.view(torch.uint8).random_(0, 100)
-    before = [cache.view(torch.uint8).clone() for cache in caches]
-    source, destination = np.array([3, 9, 4, 7, 12]), np.array([2, 3, 4, 9, 0])
-    move_tokens(pool, source, destination)
-    for cache, old in zip(caches, before, strict=True):
-        expected = old.flatten(0, 1).clone()
-        expected[destination] = old.flatten(0, 1)[source]
-        assert torch.equal(cache.view(torch.uint8).flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -181,43 +79,6 @@ def test_alternatives_are_worth_having(model, other):
         assert decoder.generate(texts, GREEDY) == [continued(model, text, 24) for text in texts]
         accepted[widths] = decoder.record.tokens_per_pass
     assert 1 < accepted[1, 1] < accepted[4, 4]
-
-
-def test_a_model_proposes_its_most_probable_tokens(model):
-    text = prompt(9)
-    draft = ModelTreeDraft(model, (3, 2), num_blocks=64, block_size=4)
-    (tree,) = draft.propose([DraftRequest(0, text, 5, GREEDY)])
-    assert tree.probs is None
-    assert len(tree) == 3 + 6 == draft.max_nodes
-    with torch.no_grad():
-        first = model(torch.tensor([text])).logits[0, -1].topk(3).indices.tolist()
-        assert tree.tokens[:3] == first
-        for node, token in enumerate(first):
-            logits = model(torch.tensor([[*text, token]])).logits[0, -1]
-            children = [t for t, p in zip(tree.tokens, tree.parents, strict=True) if p == node]
-            assert children == logits.topk(2).indices.tolist()
-    (short,) = draft.propose([DraftRequest(0, text, 1, GREEDY)])
-    assert short.tokens == first
-    (none,) = draft.propose([DraftRequest(0, text, 0, GREEDY)])
-    assert len(none) == 0
-
-
-def test_a_model_draws_without_replacement(model):
-    text = prompt(9)
-    draft = ModelTreeDraft(model, (4, 2), num_blocks=64)
-    (tree,) = draft.propose([DraftRequest(0, text, 5, WARM, seed=3)])
-    q = next_probs(model, [text], WARM)[0]
-    assert sorted(tree.tokens[:4]) == q.nonzero().flatten().tolist()  # all four that there are
-    left = q.clone()
-    for node in range(4):
-        torch.testing.assert_close(tree.probs[node], left / left.sum(), rtol=1e-4, atol=1e-6)
-        left[tree.tokens[node]] = 0
-    assert len(tree) == len(tree.probs) == 12
-    assert all(float(p[t]) > 0 for p, t in zip(tree.probs, tree.tokens, strict=True))
-    (again,) = draft.propose([DraftRequest(1, text, 5, WARM, seed=3)])
-    assert (again.tokens, again.parents) == (tree.tokens, tree.parents)
-    (different,) = draft.propose([DraftRequest(2, text, 5, WARM, seed=4)])
-    assert different.tokens != tree.tokens
 
 
 @pytest.fixture(scope="module")
@@ -288,19 +149,6 @@ def test_greedy_and_drawn_requests_go_together(model, other):
     first, second = decoder.generate(texts, [GREEDY, warm])
     assert first == continued(model, texts[0], 24)
     assert len(second) == 20
-
-
-def test_repetition_is_found_by_n_grams(model):
-    text = [1, 2, 3, 4, 5, 9, 1, 2, 3, 7, 8, 9, 1, 2, 3]
-    draft = NgramTreeDraft(branches=2, depth=3, min_ngram=2)
-    (tree,) = draft.propose([DraftRequest(0, text, 9, GREEDY)])
-    assert tree.tokens == [7, 8, 9, 4, 5, 9]
-    assert tree.parents == [-1, 0, 1, -1, 3, 4]
-    decoder = TreeDecoder(model, NgramTreeDraft(3, 6), num_blocks=64)
-    assert decoder.generate([text], GREEDY) == [continued(model, text, 24)]
-    for wrong in ({"branches": 0}, {"depth": 0}, {"min_ngram": 0}, {"max_ngram": 0}):
-        with pytest.raises(ValueError, match="NgramTreeDraft"):
-            NgramTreeDraft(**wrong)
 
 
 def test_stop_tokens_end_a_sequence_inside_a_path(model):

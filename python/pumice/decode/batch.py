@@ -38,7 +38,7 @@ class PagedBatch:
         block_table: int32 [B, w]. seq_lens: int32 [B]. cu_seqlens_q: int32 [B + 1].
         max_seqlen_q: the most new tokens of one sequence.
         pool: the caches.
-        tree_mask: bool [T, max_seqlen_q]: token t sees new token j of its own sequence; None:
+        tree_mask: bool [T, max_seqlen_q], or bits: token t sees new token j of its sequence; None:
             the new tokens are a chain.
         attended: the layers that have run, in order. Kept by :meth:`attend`.
     """

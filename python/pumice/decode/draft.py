@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pumice.decode.draft_tree import TreeDraft
     from pumice.decode.request import SamplingParams
 
 __all__ = ["Draft", "DraftRequest", "Proposal", "check_vocabulary"]
@@ -96,7 +97,7 @@ class Draft(ABC):
         """Forget a request. One that is unknown, or was released before, is no error."""
 
 
-def check_vocabulary(draft: Draft, vocab_size: int) -> None:
+def check_vocabulary(draft: Draft | TreeDraft, vocab_size: int) -> None:
     """Raise ValueError where a draft's tokens are not the target's."""
     if draft.vocab_size is not None and draft.vocab_size != vocab_size:
         raise ValueError(

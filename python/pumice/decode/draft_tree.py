@@ -57,6 +57,26 @@ class Tree:
             above.append([node] if parent == ROOT else [*above[parent], node])
         return above
 
+    def first(self, count: int) -> Tree:
+        """The tree of the first so many nodes."""
+        probs = None if self.probs is None else self.probs[:count]
+        return Tree(self.tokens[:count], self.parents[:count], probs)
+
+    def follow(self, likeliest: Sequence[int]) -> list[int]:
+        """The path of nodes that guess right, where ``likeliest`` comes after the root, then after
+        each node."""
+        path: list[int] = []
+        at = ROOT
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
+            if parent == at and token == likeliest[at + 1]:
+                path.append(node)
+                at = node
+        return path
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.parents) - 1))
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -64,7 +84,8 @@ class Tree:
 class TreeDraft(ABC):
     """Proposes trees; otherwise as :class:`~pumice.decode.Draft`.
 
-    ``max_drafts`` of a request limits the depth. ``max_nodes``: no tree has more.
+    ``max_drafts`` of a request limits the depth. ``max_nodes``: no tree has more. Where there is no
+    room for a whole tree only its first nodes are looked at: the best guesses come first.
     """
 
     vocab_size: int | None = None
@@ -74,7 +95,12 @@ class TreeDraft(ABC):
     def propose(self, requests: Sequence[DraftRequest]) -> list[Tree]:
         """A tree for each request, which may be empty."""
 
-    def release(self, id: int) -> None:  # noqa: B027  (a draft without state has none to forget)
+    # Not abstract: as of Draft.
+
+    def accepted(self, id: int, num_drafts: int, num_accepted: int) -> None:  # noqa: B027
+        """Of ``num_drafts`` nodes that were looked at a path of ``num_accepted`` was kept."""
+
+    def release(self, id: int) -> None:  # noqa: B027
         """Forget a request. One that is unknown, or was released before, is no error."""
 
 

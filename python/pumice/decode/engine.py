@@ -13,6 +13,7 @@ from torch import nn
 
 from pumice.decode.block_manager import BlockManager, Stats
 from pumice.decode.draft import Draft
+from pumice.decode.draft_tree import TreeDraft
 from pumice.decode.drafting import Drafting
 from pumice.decode.ending import Ending
 from pumice.decode.invariance import check_batch_invariance
@@ -89,14 +90,17 @@ class Engine:
         max_sequences: running together, at most max_batch_tokens; by default 64.
         max_length: of a sequence; by default the model's ``max_position_embeddings``, if it says.
         cache_dtype: None for the model's own; see :class:`~pumice.decode.CachePool`.
-        draft: proposes tokens for speculative decoding.
+        draft: proposes tokens for speculative decoding, chains or trees of them. Trees do not go
+            with layers that have a window: windows count slots of the cache, and in a tree these
+            are no positions. Nor do they with batch_invariant.
         prefix_cache: share the cache of common beginnings, also with requests that have ended.
         tokenizer: to give text, and to find stop strings.
         batch_invariant: see above.
 
     Raises:
         TypeError, NotImplementedError: a model that is neither, or of unknown state.
-        ValueError: sizes out of range; a draft with another vocabulary.
+        ValueError: sizes out of range; a draft with another vocabulary, or of trees where they do
+            not go.
         RuntimeError: batch_invariant, but the model is not.
     """
 
@@ -111,7 +115,7 @@ class Engine:
         max_sequences: int | None = None,
         max_length: int | None = None,
         cache_dtype: torch.dtype | None = None,
-        draft: Draft | None = None,
+        draft: Draft | TreeDraft | None = None,
         prefix_cache: bool = True,
         tokenizer: Any = None,
         batch_invariant: bool = False,
@@ -133,6 +137,8 @@ class Engine:
             model, num_blocks=num_blocks, block_size=block_size, cache_dtype=cache_dtype
         )
         self._drafting = Drafting(draft, self.runner.vocab_size) if draft is not None else None
+        if isinstance(draft, TreeDraft):
+            self._check_trees(batch_invariant)
         self.manager = BlockManager(
             num_blocks,
             block_size,
@@ -264,7 +270,9 @@ class Engine:
         kept = None
         if guesses is not None and self._drafting is not None:
             kept = self._drafting.outcome(guesses, plan, choices)
-        self.scheduler.computed(plan, kept)
+        moves = self.scheduler.computed(plan, kept)
+        if moves is not None:
+            self.runner.pool.move_tokens(*moves)
         self._passes += 1
         self._computed += len(plan.tokens)
         self._branch_off(choices)
@@ -276,7 +284,8 @@ class Engine:
         if self._pad_to:  # the output layer, too, always multiplies as many rows
             index = index.copy()
             index.resize(self._pad_to)
-        batch = pack(plan, self.runner.pool, self._pad_to)
+        trees = guesses.trees if guesses else None
+        batch = pack(plan, self.runner.pool, self._pad_to, trees)
         logits = self.runner.forward(batch, upload(index, self.runner.device))
         if tuple(logits.shape) != (len(index), self.runner.vocab_size):
             raise RuntimeError(
@@ -348,6 +357,18 @@ class Engine:
                 del self._live[request.request_id]
             if self._drafting is not None:
                 self._drafting.release(request)
+
+    def _check_trees(self, batch_invariant: bool) -> None:
+        if batch_invariant:
+            raise ValueError(
+                "Engine: batch_invariant computes each token as a sequence of its own, which the "
+                "branches of a tree are not; use a draft of chains"
+            )
+        if any(window is not None for window in self.runner.geometry.windows):
+            raise ValueError(
+                f"Engine: {type(self.runner.model).__name__} has layers with a window, which trees "
+                "do not go with; use a draft of chains"
+            )
 
     def _check_open(self) -> None:
         if self._closed:

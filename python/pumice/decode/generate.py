@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pumice.decode.draft import Draft
+from pumice.decode.draft_tree import TreeDraft
 from pumice.decode.engine import CACHE_BYTES, Engine
 from pumice.decode.output import Completion, Output, TextStream
 from pumice.decode.pool import CachePool
@@ -65,7 +66,7 @@ def generate(
     logprobs: bool = False,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     stream: bool = False,
-    draft: Draft | None = None,
+    draft: Draft | TreeDraft | None = None,
     **engine: Any,
 ) -> list[Completion] | Iterator[Output]:
     """Continue prompts, many at once, on a paged cache with continuous batching.
@@ -93,7 +94,8 @@ def generate(
         stream: return an iterator over :class:`~pumice.decode.Output`, step by step as they come;
             ``output.id`` is the index of the prompt, ``index`` of the sample. Closing it (or
             leaving it to the garbage collector) ends everything.
-        draft: for speculative decoding: :mod:`pumice.decode.draft`.
+        draft: for speculative decoding: :mod:`pumice.decode.draft`, or
+            :mod:`pumice.decode.draft_tree`.
         **engine: of :class:`~pumice.decode.Engine`. The cache is by default as large as all
             prompts need together, but at most 512 MiB.
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pumice.decode.batch import PagedBatch
+from pumice.decode.draft_tree import Tree
 from pumice.decode.pool import CachePool
 from pumice.decode.scheduler import Plan
+from pumice.decode.tree_verify import tree_mask
 
 __all__ = ["pack", "upload"]
 
 
-def pack(plan: Plan, pool: CachePool, pad_to: int = 0) -> PagedBatch:
+def pack(
+    plan: Plan, pool: CachePool, pad_to: int = 0, trees: Mapping[int, Tree] | None = None
+) -> PagedBatch:
     """The batch of a forward pass; copies the blocks that the plan asks to be copied.
+
+    ``trees``: by id of the request, where its drafts are one. Nodes stand at the position of their
+    depth, and see their own branch only.
 
     ``pad_to``: make every pass the same to every row. It is filled up with tokens of no sequence to
     so many: they are written nowhere, and attention gives them zero. And each token is a sequence
@@ -31,6 +40,15 @@ def pack(plan: Plan, pool: CachePool, pad_to: int = 0) -> PagedBatch:
     per_token[1, :total] = np.arange(total) + np.repeat(step.seq_lens - ends, counts)
     per_token[2, :total] = step.slot_mapping
     per_token[2, total:] = -1
+    grown = _grown(plan, trees) if trees else None
+    mask = None
+    if grown is not None:
+        assert not pad_to
+        for tree, end, length in zip(grown, ends.tolist(), step.seq_lens.tolist(), strict=True):
+            if tree is not None:
+                root = length - len(tree) - 1
+                per_token[1, end - len(tree) : end] = root + np.array(tree.depths(), np.int64)
+        mask = upload(tree_mask(grown, counts), pool.device)
     lengths, table = step.seq_lens.astype(np.int64), step.block_table
     if pad_to:
         lengths, table = per_token[1, :total] + 1, np.repeat(table, counts, axis=0)
@@ -52,7 +70,17 @@ def pack(plan: Plan, pool: CachePool, pad_to: int = 0) -> PagedBatch:
         cu_seqlens_q=sequences[batch : 2 * batch + 1],
         max_seqlen_q=int(counts.max()),
         pool=pool,
+        tree_mask=mask,
     )
+
+
+def _grown(plan: Plan, trees: Mapping[int, Tree]) -> list[Tree | None] | None:
+    """The trees that take part, request by request; None where all of them are chains."""
+    grown = [
+        trees.get(request.id) if drafts else None
+        for request, drafts in zip(plan.requests, plan.num_drafts.tolist(), strict=True)
+    ]
+    return grown if any(tree is not None and not tree.is_chain for tree in grown) else None
 
 
 def upload(numbers: npt.NDArray[np.generic], device: torch.device) -> Tensor:

@@ -164,6 +164,22 @@ class CachePool:
             for keys, values in zip(self.key_caches, self.value_caches, strict=True):
                 cache_copy_blocks(keys, values, pairs)
 
+    def move_tokens(
+        self, source: npt.NDArray[np.int64], destination: npt.NDArray[np.int64]
+    ) -> None:
+        """Copy the keys and values of slots to other slots, in all layers. The two may overlap:
+        all are read before any is written."""
+        moved = source != destination
+        if not moved.any():
+            return
+        slots = [torch.from_numpy(s[moved]).to(self.device) for s in (source, destination)]
+        with torch.no_grad():
+            for cache in (*self.key_caches, *self.value_caches):
+                # Bytes are moved as bytes: not everything can be indexed in float8.
+                flat = cache.flatten(0, 1)
+                flat = flat.view(torch.uint8) if flat.element_size() == 1 else flat
+                flat[slots[1]] = flat[slots[0]]
+
     def fits(self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a model with these layers can use this pool (or a first part of its layers)."""
         same_device = device.type == self.device.type and (device.index or 0) == (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from pumice.decode.draft import Proposal
+from pumice.decode.draft_tree import Tree
 from pumice.decode.packing import upload
 from pumice.decode.request import Request
 from pumice.decode.scheduler import Plan
+from pumice.decode.tree_verify import verify_trees
 from pumice.ops.sampling import sample, sampling_probs, speculative_verify
 
 __all__ = ["Choice", "Guesses", "Rows", "Sampler"]
@@ -21,11 +23,31 @@ __all__ = ["Choice", "Guesses", "Rows", "Sampler"]
 
 @dataclass
 class Guesses:
-    """What a draft proposed: ``tokens`` by id of the request, whose row is ``places[id]``."""
+    """What a draft proposed: ``tokens`` by id of the request.
 
-    proposal: Proposal
-    places: dict[int, int]
+    Either chains, in ``proposal``, of which a request's row is ``places[id]``; or ``trees``, whose
+    nodes are the tokens.
+    """
+
     tokens: dict[int, list[int]]
+    proposal: Proposal | None = None
+    places: dict[int, int] = field(default_factory=dict)
+    trees: dict[int, Tree] = field(default_factory=dict)
+
+    def follow(self, id: int, likeliest: list[int]) -> list[int]:
+        """Which drafts of a request are what would have been taken, from the first on.
+
+        ``likeliest``: the token after its last one, then that after each draft.
+        """
+        tree = self.trees.get(id)
+        if tree is not None:
+            return tree.follow(likeliest)
+        kept = 0
+        for token, likely in zip(self.tokens[id], likeliest, strict=False):
+            if token != likely:
+                break
+            kept += 1
+        return list(range(kept))
 
 
 @dataclass(slots=True)
@@ -33,7 +55,8 @@ class Choice:
     """What was drawn for a sequence: the drafts that were accepted, then one more token.
 
     ``child``: above 0 for further samples of the request, which branch off now. ``valid``: the
-    logits gave a distribution; else the tokens mean nothing.
+    logits gave a distribution; else the tokens mean nothing. ``kept``: the accepted drafts, by
+    number.
     """
 
     request: Request
@@ -41,6 +64,7 @@ class Choice:
     tokens: list[int]
     logprobs: list[float] | None
     valid: bool
+    kept: list[int]
 
 
 class Rows:
@@ -78,16 +102,27 @@ class Sampler:
         """A choice for each sequence that is due one; ``logits`` [R, V] are those of ``rows``.
 
         Drafts of greedy requests are compared with the likeliest tokens, which is what judging
-        them comes to; others are judged by :func:`pumice.ops.speculative_verify`.
+        them comes to; others are judged by :func:`pumice.ops.speculative_verify`,
+        or :func:`pumice.ops.speculative_verify_tree`.
         """
         plain: list[int] = []
-        judged: list[int] = []
+        chains: list[int] = []
+        trees: list[int] = []
         for n, request in enumerate(rows.requests):
-            (judged if rows.drafts[n] and not request.params.greedy else plain).append(n)
+            if not rows.drafts[n] or request.params.greedy:
+                plain.append(n)
+            elif guesses is not None and request.id in guesses.trees:
+                trees.append(n)
+            else:
+                chains.append(n)
         choices = self._draw(logits, rows, plain, guesses) if plain else []
-        if judged:
+        if chains:
             assert guesses is not None
-            choices += self._judge(logits, rows, judged, guesses)
+            assert guesses.proposal is not None
+            choices += self._judge_chains(logits, rows, chains, guesses.proposal, guesses.places)
+        if trees:
+            assert guesses is not None
+            choices += self._judge_trees(logits, rows, trees, guesses.trees)
         return choices
 
     def _draw(
@@ -115,22 +150,35 @@ class Sampler:
         while place < len(owners):
             n, child = owners[place]
             request, drafts = rows.requests[n], rows.drafts[n]
-            kept = 0
+            end = place + drafts + 1
+            kept: list[int] = []
             if drafts:
                 assert guesses is not None
-                kept = _agreeing(tokens[place : place + drafts], guesses.tokens[request.id])
-            of = slice(place, place + kept + 1)
-            ln_p = logprobs[of] if logprobs else None
-            choices.append(Choice(request, child, tokens[of], ln_p, all(valid[of])))
-            place += drafts + 1
+                kept = guesses.follow(request.id, tokens[place:end])
+            of = [place, *(place + 1 + draft for draft in kept)]
+            choices.append(
+                Choice(
+                    request,
+                    child,
+                    [tokens[i] for i in of],
+                    [logprobs[i] for i in of] if logprobs else None,
+                    all(valid[i] for i in of),
+                    kept,
+                )
+            )
+            place = end
         return choices
 
-    def _judge(
-        self, logits: Tensor, rows: Rows, which: list[int], guesses: Guesses
+    def _judge_chains(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        which: list[int],
+        proposal: Proposal,
+        place_of: dict[int, int],
     ) -> list[Choice]:
         """Requests with drafts and a temperature: accept, reject, draw again."""
-        requests = [rows.requests[n] for n in which]
-        proposal, width = guesses.proposal, guesses.proposal.tokens.shape[1]
+        requests, width = [rows.requests[n] for n in which], proposal.tokens.shape[1]
         drafts = np.array([rows.drafts[n] for n in which], np.int32)
         begins = np.array([rows.begins[n] for n in which], np.int64)
         # Rows past a request's drafts are not looked at: any will do.
@@ -139,7 +187,7 @@ class Sampler:
         owners = [(n, 0) for n in which for _ in range(width + 1)]
         filters, seeds = self._parameters(rows.requests, owners)
         probs = sampling_probs(logits, **filters).view(len(which), width + 1, -1)
-        places = upload(np.array([guesses.places[r.id] for r in requests], np.int64), self.device)
+        places = upload(np.array([place_of[r.id] for r in requests], np.int64), self.device)
         positions = np.array([len(request.tokens) for request in requests], np.int64)
         drawn, accepted = speculative_verify(
             proposal.tokens.to(self.device)[places],
@@ -157,7 +205,37 @@ class Sampler:
             length = kept[i] + 1
             begin = i * (width + 1)
             ln_p = logprobs[begin : begin + length] if logprobs else None
-            choices.append(Choice(request, 0, tokens[i][:length], ln_p, all(valid[i][:length])))
+            choices.append(
+                Choice(
+                    request, 0, tokens[i][:length], ln_p, all(valid[i][:length]),
+                    list(range(kept[i])),
+                )
+            )  # fmt: skip
+        return choices
+
+    def _judge_trees(
+        self, logits: Tensor, rows: Rows, which: list[int], tree_of: dict[int, Tree]
+    ) -> list[Choice]:
+        """The same with trees."""
+        requests = [rows.requests[n] for n in which]
+        trees = [tree_of[request.id] for request in requests]
+        picked = [rows.begins[n] + i for n in which for i in range(rows.drafts[n] + 1)]
+        owners = [(n, 0) for n in which for _ in range(rows.drafts[n] + 1)]
+        logits = self._pick(logits, picked)
+        filters, seeds = self._parameters(rows.requests, owners)
+        probs = sampling_probs(logits, **filters)
+        begins = np.cumsum([0, *(len(tree) + 1 for tree in trees)])[:-1]
+        positions = np.array([len(request.tokens) for request in requests], np.int64)
+        tokens, paths = verify_trees(
+            probs, trees, seeds[upload(begins, self.device)], upload(positions, self.device)
+        )
+        valid = (~probs[:, 0].isnan()).tolist()
+        choices = []
+        for request, begin, row, path in zip(requests, begins.tolist(), tokens, paths, strict=True):
+            of = [begin, *(begin + 1 + node for node in path)]
+            drawn = torch.tensor(row, device=self.device)
+            ln_p = _logprobs(logits[of], drawn, [request])
+            choices.append(Choice(request, 0, row, ln_p, all(valid[i] for i in of), path))
         return choices
 
     def _pick(self, logits: Tensor, rows: list[int]) -> Tensor:
@@ -186,14 +264,6 @@ class Sampler:
         if all(value == neutral for value in values):
             return None
         return upload(np.array(values, dtype), self.device)
-
-
-def _agreeing(likeliest: list[int], drafts: list[int]) -> int:
-    """How many drafts, from the first on, are what would have been taken."""
-    kept = 0
-    while kept < len(likeliest) and likeliest[kept] == drafts[kept]:
-        kept += 1
-    return kept
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, requests: Sequence[Request]) -> list[float] | None:

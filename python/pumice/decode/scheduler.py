@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pumice.decode.block_manager import BlockManager, Step
+from pumice.decode.draft_slots import Moves, keep_drafts
 from pumice.decode.request import Request
 
 __all__ = ["Plan", "Scheduler"]
@@ -154,17 +155,25 @@ class Scheduler:
             return None
         return Plan(requests, sequences, np.array(counts, np.int64), drafted, tokens, step)
 
-    def computed(self, plan: Plan, accepted: Sequence[int] | None = None) -> None:
-        """The forward pass is done. Of each request's drafts the first ``accepted`` stay."""
-        kept = plan.counts
-        if accepted is not None and plan.num_drafts.any():
-            rejected = plan.num_drafts - np.array(accepted, np.int64)
-            kept = plan.counts - rejected
-            self.manager.truncate(plan.sequences, plan.step.seq_lens - rejected)
+    def computed(self, plan: Plan, kept: Sequence[Sequence[int]] | None = None) -> Moves | None:
+        """The forward pass is done.
+
+        ``kept``: for each request of the plan which of its drafts stay, by number, ascending; None:
+        there were none. Returns what the cache has to copy before the next pass, if anything.
+        """
+        counts, moves = plan.counts, None
+        if kept is not None and plan.num_drafts.any():
+            stay = np.fromiter(map(len, kept), np.int64, len(kept))
+            counts = plan.counts - plan.num_drafts + stay
+            moves = keep_drafts(
+                self.manager, plan.sequences, plan.step, plan.tokens, plan.counts, plan.num_drafts,
+                kept,
+            )  # fmt: skip
         self.manager.commit(plan.sequences)
         self._announced = False
-        for request, count in zip(plan.requests, kept.tolist(), strict=True):
+        for request, count in zip(plan.requests, counts.tolist(), strict=True):
             request.num_computed += count
+        return moves
 
     def failed(self, plan: Plan) -> None:
         """The forward pass raised: whatever it wrote is forgotten, and its requests wait.

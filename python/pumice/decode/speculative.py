@@ -51,8 +51,8 @@ class TreeDecoder:
 
     What comes out has the distribution of the model's own samples, greedy ones are its greedy
     ones; ``record`` tells how many tokens a pass yielded. All prompts start together and the batch
-    shrinks as they end: for requests that come and go there is :class:`~pumice.decode.Engine`, with
-    drafts that are chains.
+    shrinks as they end: for requests that come and go there is :class:`~pumice.decode.Engine`,
+    which takes the same drafts.
 
     Args:
         model: what :class:`~pumice.decode.ModelRunner` takes. Its layers must see everything
