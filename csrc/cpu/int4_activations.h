@@ -18,6 +18,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "common/int8_numerics.h"
@@ -83,32 +84,39 @@ inline void round_block(const float* x, float inverse, int32_t* q) {
   }
 }
 
-// Digit p of four integers, as the four bytes of one; what is left of them is divided by 256.
-inline int32_t take_digit(int32_t (&q)[4]) {
-  uint32_t bytes = 0;
-  for (int i = 0; i < 4; ++i) {
-    const int8_t digit = static_cast<int8_t>(q[i]);
-    bytes |= static_cast<uint32_t>(static_cast<uint8_t>(digit)) << (8 * i);
-    q[i] = (q[i] - digit) >> 8;
-  }
-  return static_cast<int32_t>(bytes);
-}
-
 // Where a product wants the digits of a row, four to an int32: the most significant first, then by
 // word, then those of the word's even k and its odd k (low and high nibbles).
 struct DigitStrides {
   int64_t plane, word, odd;
 };
 
+// The even bytes of eight, as four.
+inline int32_t even_bytes(uint64_t bytes) {
+  bytes &= 0x00ff00ff00ff00ffu;
+  bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+  return static_cast<int32_t>(bytes | bytes >> 16);
+}
+
+// Plain loops, one thing each: they become vector instructions.
 template <int kPlanes>
 void store_digits(const int32_t* q, const DigitStrides& strides, int32_t* digits) {
-  for (int64_t word = 0; word < kBlockWords; ++word) {
-    for (int64_t odd = 0; odd < 2; ++odd) {
-      const int32_t* from = q + word * 8 + odd;
-      int32_t values[4] = {from[0], from[2], from[4], from[6]};
-      for (int p = kPlanes - 1; p >= 0; --p) {
-        digits[p * strides.plane + word * strides.word + odd * strides.odd] = take_digit(values);
-      }
+  int32_t rest[kActivationBlock];
+  std::copy_n(q, kActivationBlock, rest);
+  for (int p = kPlanes - 1; p >= 0; --p) {
+    int8_t bytes[kActivationBlock];
+    for (int64_t i = 0; i < kActivationBlock; ++i) bytes[i] = static_cast<int8_t>(rest[i]);
+    for (int64_t i = 0; p > 0 && i < kActivationBlock; ++i) rest[i] = (rest[i] - bytes[i]) >> 8;
+    uint64_t words[kBlockWords];
+    std::memcpy(words, bytes, sizeof(words));
+    int32_t even[kBlockWords], odd[kBlockWords];
+    for (int64_t word = 0; word < kBlockWords; ++word) {
+      even[word] = even_bytes(words[word]);
+      odd[word] = even_bytes(words[word] >> 8);
+    }
+    int32_t* plane = digits + p * strides.plane;
+    for (int64_t word = 0; word < kBlockWords; ++word, plane += strides.word) {
+      plane[0] = even[word];
+      plane[strides.odd] = odd[word];
     }
   }
 }
