@@ -13,7 +13,8 @@ set(PUMICE_CPU_ISA_SOURCES csrc/cpu/attention_backward.cpp csrc/cpu/attention_fo
     csrc/cpu/int8_quantize.cpp csrc/cpu/paged_append.cpp
     csrc/cpu/sampling_rows.cpp csrc/cpu/sampling_verify.cpp
     csrc/cpu/sparse24_few_rows.cpp csrc/cpu/sparse24_int4_few_rows.cpp
-    csrc/cpu/sparse24_int8_few_rows.cpp csrc/cpu/sparse24_weight.cpp)
+    csrc/cpu/sparse24_int8_few_rows.cpp csrc/cpu/sparse24_int8_panel.cpp
+    csrc/cpu/sparse24_weight.cpp)
 
 set(PUMICE_CPU_ISAS portable)
 set(PUMICE_ISA_FLAGS_portable "")

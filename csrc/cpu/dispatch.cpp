@@ -92,6 +92,11 @@ const Sparse24Int8Kernels& sparse24_int8_kernels() {
   return kernels;
 }
 
+const Sparse24Int8PanelKernels& sparse24_int8_panel_kernels() {
+  static const Sparse24Int8PanelKernels& kernels = PUMICE_SELECT(sparse24_int8_panel_kernels);
+  return kernels;
+}
+
 const Sparse24Int4Kernels& sparse24_int4_kernels() {
   static const Sparse24Int4Kernels& kernels = PUMICE_SELECT(sparse24_int4_kernels);
   return kernels;

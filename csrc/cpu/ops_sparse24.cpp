@@ -103,29 +103,59 @@ Tensor sparse24_linear(Tensor x, Tensor values, Tensor meta, std::optional<Tenso
   return y;
 }
 
+Sparse24Int8Job job_of(const Sparse24Int8LinearArgs& args, Tensor& y) {
+  return {args.q.const_data_ptr<int8_t>(),
+          args.scale.const_data_ptr<float>(),
+          args.per_tensor ? 0 : 1,
+          static_cast<const int8_t*>(args.weight.values),
+          args.weight.meta,
+          args.weight_scale.const_data_ptr<float>(),
+          args.weight_scale.numel() == 1 ? 0 : 1,
+          args.bias,
+          y.mutable_data_ptr(),
+          to_dtype(y.scalar_type()),
+          args.m,
+          args.weight.n,
+          args.weight.k,
+          nullptr};
+}
+
 void few_rows(const Sparse24Int8LinearArgs& args, Tensor& y) {
   const Sparse24Int8Kernels& kernels = sparse24_int8_kernels();
-  const int64_t k = args.weight.k, row = kernels.prepared_row(k);
+  Sparse24Int8Job job = job_of(args, y);
+  const int64_t row = kernels.prepared_row(job.k);
   Workspace workspace;
-  const size_t prepared = workspace.reserve<uint8_t>(args.m * row);
+  const size_t prepared = workspace.reserve<uint8_t>(job.m * row);
   const size_t scratch = workspace.reserve<uint8_t>(row);
   workspace.allocate(args.q);
-  const Sparse24Int8Job job{args.q.const_data_ptr<int8_t>(),
-                            args.scale.const_data_ptr<float>(),
-                            args.per_tensor ? 0 : 1,
-                            static_cast<const int8_t*>(args.weight.values),
-                            args.weight.meta,
-                            args.weight_scale.const_data_ptr<float>(),
-                            args.weight_scale.numel() == 1 ? 0 : 1,
-                            args.bias,
-                            y.mutable_data_ptr(),
-                            to_dtype(y.scalar_type()),
-                            args.m,
-                            args.weight.n,
-                            k,
-                            workspace.at<uint8_t>(prepared)};
+  job.prepared = workspace.at<uint8_t>(prepared);
   kernels.prepare(job, workspace.at<uint8_t>(scratch));
-  for_columns(job.n, job.m * k, [&](int64_t begin, int64_t end) { kernels.gemm(job, begin, end); });
+  for_columns(job.n, job.m * job.k,
+              [&](int64_t begin, int64_t end) { kernels.gemm(job, begin, end); });
+}
+
+void panels(const Sparse24Int8LinearArgs& args, Tensor& y) {
+  const Sparse24Int8PanelKernels& kernels = sparse24_int8_panel_kernels();
+  Sparse24Int8Job job = job_of(args, y);
+  Workspace workspace;
+  const size_t prepared = workspace.reserve<uint8_t>(job.m * kernels.prepared_row(job.k));
+  workspace.allocate(args.q);
+  job.prepared = workspace.at<uint8_t>(prepared);
+  for_rows(job.m, job.k, [&](int64_t begin, int64_t end) { kernels.prepare(job, begin, end); });
+
+  const int64_t rows = std::min(kernels.rows, job.m), columns = kernels.columns;
+  const int64_t across = ceil_div(job.n, columns);
+  const int64_t grain = ceil_div(64 * kGrain, rows * columns * job.k);
+  parallel_for(0, ceil_div(job.m, rows) * across, grain, [&](int64_t begin, int64_t end) {
+    Workspace memory;
+    const size_t scratch = memory.reserve<char>(kernels.scratch());
+    memory.allocate(args.q);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / across * rows, n = i % across * columns;
+      kernels.gemm(job, memory.at<char>(scratch), m, std::min(m + rows, job.m), n,
+                   std::min(n + columns, job.n));
+    }
+  });
 }
 
 Tensor sparse24_int8_linear(Tensor q, Tensor scale, Tensor values, Tensor meta, Tensor weight_scale,
@@ -136,6 +166,8 @@ Tensor sparse24_int8_linear(Tensor q, Tensor scale, Tensor values, Tensor meta, 
   if (args.m == 0) return y;
   if (args.m <= sparse24_int8_kernels().few_rows) {
     few_rows(args, y);
+  } else if (sparse24_int8_panel_kernels().exist) {
+    panels(args, y);
   } else {
     multiply_decompressed(args, y);
   }

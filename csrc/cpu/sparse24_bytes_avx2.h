@@ -22,13 +22,20 @@ inline uint8_t prepare_byte(int8_t q) { return static_cast<uint8_t>(q); }
 inline IntLanes zero_lanes() { return _mm256_setzero_si256(); }
 
 // For each kept byte where it lies in its chunk of four groups: 4 · (group mod 4) + place. A byte
-// of meta becomes the four bytes of a lane.
+// of meta becomes the four bytes of a lane: it is doubled into the upper bytes of two 16-bit
+// numbers, of which one keeps the low nibble, p | p' << 2, and one the high one. The upper half of
+// a product then is 65 times the nibble, with p in the low byte and p' in the high one.
 inline Places load_places(const uint8_t* meta) {
+  long long eight;
+  std::memcpy(&eight, meta, sizeof(eight));
+  const __m256i doubled =
+      _mm256_shuffle_epi8(_mm256_set1_epi64x(eight),
+                          _mm256_setr_epi32(0x00800080, 0x01800180, 0x02800280, 0x03800380,  //
+                                            0x04800480, 0x05800580, 0x06800680, 0x07800780));
+  const __m256i nibbles =
+      _mm256_and_si256(doubled, _mm256_set1_epi32(static_cast<int>(0xf0000f00)));
+  const __m256i spread = _mm256_mulhi_epu16(nibbles, _mm256_set1_epi32(0x04104100));
   const __m256i bases = _mm256_set1_epi64x(0x0c0c080804040000);
-  const __m256i four =
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(meta)));
-  const __m256i pairs = _mm256_or_si256(four, _mm256_slli_epi32(four, 12));
-  const __m256i spread = _mm256_or_si256(pairs, _mm256_slli_epi32(pairs, 6));
   return _mm256_or_si256(_mm256_and_si256(spread, _mm256_set1_epi8(3)), bases);
 }
 
@@ -46,8 +53,10 @@ inline __m256i pick(const uint8_t* x, Places places) {
   return _mm256_blend_epi32(from(x), from(x + kBytes), 0xcc);
 }
 
+// Shifts and shuffles share two units, products the two others: the even bytes come of a product
+// with ones and zeros.
 inline Values widen(__m256i bytes) {
-  return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
+  return {_mm256_maddubs_epi16(_mm256_set1_epi16(0x0001), bytes), _mm256_srai_epi16(bytes, 8)};
 }
 
 inline Values load_values(const int8_t* values) {

@@ -80,6 +80,19 @@ struct Sparse24Int8Kernels {
   void (*gemm)(const Sparse24Int8Job& job, int64_t begin, int64_t end);
 };
 
+// The same for more rows, in panels of weight rows.
+struct Sparse24Int8PanelKernels {
+  bool exist;                          // false where the instruction set has no such kernel
+  int64_t rows, columns;               // of y that gemm takes at a time
+  int64_t (*prepared_row)(int64_t k);  // bytes
+  // Rows [begin, end) of q.
+  void (*prepare)(const Sparse24Int8Job& job, int64_t begin, int64_t end);
+  int64_t (*scratch)();  // bytes that gemm needs
+  // Rows [m_begin, m_end) and columns [n_begin, n_end) of y.
+  void (*gemm)(const Sparse24Int8Job& job, void* scratch, int64_t m_begin, int64_t m_end,
+               int64_t n_begin, int64_t n_end);
+};
+
 // y[m,n] = Σ_j x[m,c(n,j)] · (q[n,j] - zero) · scale + bias[n] of packed 4-bit weights, in
 // integers: of the weight's nibbles and the activations' digits (int4_activations.h).
 struct Sparse24Int4Job {
@@ -105,12 +118,13 @@ struct Sparse24Int4Kernels {
   void (*gemm)(const Sparse24Int4Job& job, float* scratch, int64_t begin, int64_t end);
 };
 
-#define PUMICE_DECLARE_SPARSE24_KERNELS(isa)                  \
-  namespace isa {                                             \
-  extern const Sparse24WeightKernels sparse24_weight_kernels; \
-  extern const Sparse24FloatKernels sparse24_float_kernels;   \
-  extern const Sparse24Int8Kernels sparse24_int8_kernels;     \
-  extern const Sparse24Int4Kernels sparse24_int4_kernels;     \
+#define PUMICE_DECLARE_SPARSE24_KERNELS(isa)                         \
+  namespace isa {                                                    \
+  extern const Sparse24WeightKernels sparse24_weight_kernels;        \
+  extern const Sparse24FloatKernels sparse24_float_kernels;          \
+  extern const Sparse24Int8Kernels sparse24_int8_kernels;            \
+  extern const Sparse24Int8PanelKernels sparse24_int8_panel_kernels; \
+  extern const Sparse24Int4Kernels sparse24_int4_kernels;            \
   }
 PUMICE_DECLARE_SPARSE24_KERNELS(portable)
 PUMICE_DECLARE_SPARSE24_KERNELS(avx2)
