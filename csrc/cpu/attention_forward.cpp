@@ -19,6 +19,11 @@ int64_t scratch_size(const AttentionProblem& problem) {
   return Tile::lay_out(problem, nullptr, tile);
 }
 
+// Rows of a task that share keys.
+int32_t rows_of_kv_head(const AttentionProblem& problem, const AttentionTask& task) {
+  return (task.m1 - task.m0) * static_cast<int32_t>(std::min<int64_t>(task.heads, problem.group()));
+}
+
 template <Kind kKind>
 class Forward {
  public:
@@ -31,13 +36,17 @@ class Forward {
         values_(problem, task, true),
         queries_(task.m1 - task.m0),
         rows_(queries_ * task.heads),
+        kv_rows_(rows_of_kv_head(problem, task)),
+        kv_head_(task.head / problem.group()),
         packed_size_(Tile::packed_size<kKind>(problem)) {
     Tile::lay_out(problem, scratch, tile_);
-    if (task.cache != nullptr) {
-      key_scale_ = task.cache->key_scale_of(task.head / problem.group());
-      value_scale_ = task.cache->value_scale_of(task.head / problem.group());
-    }
     tile_.length = length_of<kKind>(problem);
+    in_place_ = problem.head_dim % kBlockPad == 0 && problem.value_dim % kBlockPad == 0;
+    if (kKind == Kind::kRows && in_place_) {
+      if (task.cache != nullptr) tile_.stored = task.cache->type;
+      tile_.stored_dtype = problem.dtype;
+      with_stored(tile_.stored, problem.dtype, [&](auto type) { stored_scale_ = type.kScale; });
+    }
   }
 
   void run() {
@@ -63,6 +72,7 @@ class Forward {
     std::fill_n(tile_.sums.data, rows_ * tile_.sums.stride, 0.0f);
     std::fill_n(tile_.weights, rows_ * kLanes, 0.0f);
     std::fill_n(tile_.reference, rows_, -kInfinity);
+    std::fill_n(tile_.nothing, std::max(tile_.query.stride, tile_.sums.stride), 0.0f);
   }
 
   // Keys [n0, n0 + kBlockKeys), or as many as there are; next is where the block after begins.
@@ -75,25 +85,37 @@ class Forward {
       seen |= tile_.visible[i] = visible_keys(mask_, task_.m0 + i, n0);
     }
     if (seen == 0) return;
-    constexpr bool kFloat = kKind == Kind::kRows;
-    const HeadRows keys = keys_.block(n0, count, seen, kFloat, tile_.key_pages);
-    const HeadRows values = values_.block(n0, count, seen, kFloat, tile_.value_pages);
-    if (packed()) {
+    // Head by head of what lies side by side, token by token: the block is in cache by then.
+    for (int32_t row = 0; row < rows_; row += kv_rows_) kv_block(n0, next, row, whole, seen);
+  }
+
+  // The same for the rows of one KV head, from `begin` on.
+  void kv_block(int32_t n0, int32_t next, int32_t begin, bool whole, uint64_t seen) {
+    const int32_t count = std::min(kBlockKeys, task_.k_len - n0), end = begin + kv_rows_;
+    const int64_t kv_head = kv_head_ + begin / kv_rows_;
+    std::optional<HeadRows> values;
+    if (kKind == Kind::kRows && in_place_) {
+      keys_.locate(kv_head, n0, count, seen, tile_.nothing, tile_.key_rows);
+      values_.locate(kv_head, n0, count, seen, tile_.nothing, tile_.value_rows);
+    } else if (packed()) {
+      values = values_.block(kv_head, n0, count, seen, tile_.value_pages);
       tile_.use_packed(packed_block(n0));
     } else {
-      tile_.load_keys<kKind>(keys, n0, count);
-      tile_.load_values<kKind>(values, n0, count);
+      values = values_.block(kv_head, n0, count, seen, tile_.value_pages);
+      tile_.load_keys<kKind>(keys_.block(kv_head, n0, count, seen, tile_.key_pages), n0, count);
+      tile_.load_values<kKind>(*values, n0, count);
     }
     const bool finite = whole || tile_.values_are_finite<kKind>(count);
-    for (int32_t row = 0; row < rows_; row += kTileRows) {
-      const int32_t rows = std::min(kTileRows, rows_ - row);
+    constexpr int32_t kStrip = kKind == Kind::kRows ? kDotRows : kTileRows;
+    for (int32_t row = begin; row < end; row += kStrip) {
+      const int32_t rows = std::min(kStrip, end - row);
       fetch(next, row, rows);
       if (whole) {
         tile_.multiply_keys<kKind>(row, rows, 0, kBlockKeys, count);
         for (int32_t r = row; r < row + rows; ++r) softmax<false>(r, n0, 0, kBlockKeys, 0);
         tile_.multiply_values<kKind>(row, rows, 0, kBlockKeys);
       } else {
-        partial_strip(n0, count, row, rows, finite, values);
+        partial_strip(n0, count, row, rows, finite, values ? &*values : nullptr);
       }
     }
   }
@@ -111,14 +133,21 @@ class Forward {
       }
       return;
     }
-    keys_.fetch(n0 + count * row / rows_, n0 + count * (row + rows) / rows_);
-    values_.fetch(n0 + count * row / rows_, n0 + count * (row + rows) / rows_);
+    const int32_t begin = n0 + count * row / rows_, end = n0 + count * (row + rows) / rows_;
+    const int64_t heads = rows_ / kv_rows_;
+    if constexpr (kKind == Kind::kRows) {  // a vector for each that is multiplied
+      keys_.list(kv_head_, heads, begin, end, tile_.nothing, tile_.next_keys);
+      values_.list(kv_head_, heads, begin, end, tile_.nothing, tile_.next_values);
+    } else {
+      keys_.fetch(kv_head_, heads, begin, end);
+      values_.fetch(kv_head_, heads, begin, end);
+    }
   }
 
   // A strip of a block that its rows see only in part: what is done is done for the columns from
   // the first to the last one visible.
   void partial_strip(int32_t n0, int32_t count, int32_t row, int32_t rows, bool finite,
-                     const HeadRows& values) {
+                     const HeadRows* values) {
     uint64_t any = 0;
     for (int32_t r = row; r < row + rows; ++r) any |= tile_.visible[r % queries_];
     if (any == 0) return;
@@ -164,7 +193,7 @@ class Forward {
   float softmax_by(int32_t row, int32_t n0, int left, int right, uint64_t visible) {
     const ScoreRule& score = problem_.score;
     const int32_t i = task_.m0 + row % queries_;
-    RowScore<kSoftcap, kAlibi> rule{score.softmax_scale * key_scale_, score.softcap, 0.0f,
+    RowScore<kSoftcap, kAlibi> rule{score.softmax_scale * key_scale(row), score.softcap, 0.0f,
                                     mask_.position(i) - n0};
     if constexpr (!kSoftcap) rule.scale *= kLog2E;
     if constexpr (kAlibi) {
@@ -180,23 +209,26 @@ class Forward {
       const float sink = task_.sinks != nullptr ? task_.sinks[head] : -kInfinity;
       const RowEnd end = finish_row(state(row), sink);
       task_.lse[head * task_.lse_head_stride + i] = end.lse;
+      const Vec factor = broadcast(end.factor * value_scale(row));
       float* row_sums = tile_.sums.row(row);
       for (int64_t d = 0; d < tile_.sums.stride; d += kLanes) {
-        store(row_sums + d, multiply(load(row_sums + d), broadcast(end.factor * value_scale_)));
+        store(row_sums + d, multiply(load(row_sums + d), factor));
       }
-      store_row(row_sums, (i * problem_.heads + head) * problem_.value_dim);
+      store_elements(task_.out, task_.out_dtype, (i * problem_.heads + head) * problem_.value_dim,
+                     problem_.value_dim, row_sums);
     }
   }
 
-  void store_row(const float* row, int64_t at) {
-    const int64_t count = problem_.value_dim;
-    for (int64_t d = 0; d < count; d += 4) {
-      Float4 four;
-      std::memcpy(&four, row + d, sizeof(four));
-      store_four(task_.out, task_.out_dtype, at + d,
-                 static_cast<int>(std::min<int64_t>(4, count - d)), four);
-    }
+  // Of a quantized cache, and of what load() leaves out.
+  float key_scale(int32_t row) const {
+    return task_.cache == nullptr ? 1.0f
+                                  : stored_scale_ * task_.cache->key_scale_of(kv_head_of(row));
   }
+  float value_scale(int32_t row) const {
+    return task_.cache == nullptr ? 1.0f
+                                  : stored_scale_ * task_.cache->value_scale_of(kv_head_of(row));
+  }
+  int64_t kv_head_of(int32_t row) const { return kv_head_ + row / kv_rows_; }
 
   bool packed() const { return kKind != Kind::kRows && task_.packed != nullptr; }
   const float* packed_block(int32_t n0) const {
@@ -211,9 +243,11 @@ class Forward {
   const AttentionTask& task_;
   const MaskView mask_;
   const TokenSource keys_, values_;
-  const int32_t queries_, rows_;
+  const int32_t queries_, rows_, kv_rows_;  // kv_rows_: of each KV head
+  const int64_t kv_head_;                   // the first
   const int64_t packed_size_;
-  float key_scale_ = 1.0f, value_scale_ = 1.0f;  // of a quantized cache
+  bool in_place_;  // whether a few rows read keys and values so: they fill whole registers
+  float stored_scale_ = 1.0f;
   Tile tile_;
 };
 
@@ -254,7 +288,7 @@ void pack(const AttentionProblem& problem, const AttentionTask& task, float* scr
 }
 
 void run(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
-  if ((task.m1 - task.m0) * task.heads <= kFewRows) {
+  if (rows_of_kv_head(problem, task) <= kFewRows) {
     Forward<Kind::kRows>(problem, task, scratch).run();
   } else if (takes_pairs(problem)) {
     Forward<kPairsIfAny>(problem, task, scratch).run();

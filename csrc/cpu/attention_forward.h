@@ -14,8 +14,8 @@ namespace pumice::cpu {
 // every register tile.
 constexpr int32_t kTaskRows = 192;
 
-// Part of the scores: queries [m0, m1) of heads [head, head + heads), which share a KV head and a
-// mask, against keys [n0, n1), n0 a multiple of 64.
+// Part of the scores: queries [m0, m1) of heads [head, head + heads), which share a mask, against
+// keys [n0, n1), n0 a multiple of 64. The heads are some of one KV head, or all of several.
 struct AttentionTask {
   int64_t batch, head;
   int32_t heads, q_len, k_len, m0, m1, n0, n1;

@@ -4,13 +4,51 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/attention_dots.h"
+#include "cpu/attention_exp.h"
 #include "cpu/attention_forward.h"
-#include "cpu/element.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Parts, and columns, at a time.
+constexpr int64_t kParts = 64;
+constexpr int64_t kPiece = 256;
+
+// The parts of a row that saw a key, and what they weigh.
+struct WeightedParts {
+  int64_t count = 0;
+  float weights[kParts];
+  const void *rows[kParts], *next[kParts];
+
+  // weights become 2^((lse - reference) / ln 2). Returns their sum.
+  float weigh(float reference) {
+    std::fill(weights + count, weights + (count + kLanes - 1) / kLanes * kLanes, -kInfinity);
+    Vec total = zero();
+    for (int64_t p = 0; p < count; p += kLanes) {
+      const Vec difference = subtract(load(weights + p), broadcast(reference));
+      const Vec weight = exp2(multiply(difference, broadcast(kLog2E)));
+      store(weights + p, weight);
+      total = add(total, weight);
+    }
+    return sum(total);
+  }
+};
+
+// sums[d] += Σ_p weights[p] · rows[p][d]
+template <class Stored>
+void add_parts(const WeightedParts& parts, int64_t columns, float* sums) {
+  const RowTable<Stored> rows{parts.rows, parts.next};
+  const int64_t whole = columns / kLanes * kLanes;
+  add_products(LeftOperand{parts.weights, 0}, rows, {sums, whole}, 1, whole, parts.count);
+  for (int64_t p = 0; whole < columns && p < parts.count; ++p) {
+    typename Stored::Element last[kLanes] = {};
+    std::copy(rows.row(p) + whole, rows.row(p) + columns, last);
+    store(sums + whole, fma(broadcast(parts.weights[p]), Stored::load(last), load(sums + whole)));
+  }
+}
 
 void merge_row(const AttentionMerge& job, int64_t i, int64_t head) {
   const float* lses = job.lses + head * job.lses_head_stride + i;
@@ -19,30 +57,41 @@ void merge_row(const AttentionMerge& job, int64_t i, int64_t head) {
   for (int64_t p = 0; p < job.parts; ++p) {
     greatest = std::max(greatest, lses[p * job.lses_part_stride]);
   }
-  const int64_t at = (i * job.heads + head) * job.dim;
-  float& lse = job.lse[head * job.lse_head_stride + i];
   // Every part empty: no weights, and no reference to take them from. (A NaN is not empty.)
-  float total = greatest == -kInfinity ? 0.0f : std::exp(sink - greatest);
   const float reference = greatest == -kInfinity ? 0.0f : greatest;
-  for (int64_t p = 0; p < job.parts; ++p) {
-    total += std::exp(lses[p * job.lses_part_stride] - reference);
-  }
-  lse = total == 0.0f ? -kInfinity : reference + std::log(total);
-  constexpr int64_t kPiece = 256;
-  float sums[kPiece], part[kPiece];
-  for (int64_t begin = 0; begin < job.dim; begin += kPiece) {
-    const int64_t count = std::min(kPiece, job.dim - begin);
-    std::fill_n(sums, count, 0.0f);
-    for (int64_t p = 0; p < job.parts; ++p) {
-      const float part_lse = lses[p * job.lses_part_stride];
-      if (part_lse == -kInfinity) continue;  // whatever it holds
-      const float weight = std::exp(part_lse - reference) / total;
-      load_elements(job.outs, job.outs_dtype, p * job.outs_part_stride + at + begin, count, part);
-      for (int64_t d = 0; d < count; ++d) sums[d] += weight * part[d];
+  const float sink_weight = greatest == -kInfinity ? 0.0f : std::exp(sink - greatest);
+  const int64_t at = (i * job.heads + head) * job.dim, size = size_of(job.outs_dtype);
+  float total = sink_weight;
+  int64_t begin = 0;
+  do {
+    const int64_t columns = std::min(kPiece, job.dim - begin);
+    float sums[kPiece];
+    for (int64_t d = 0; d < columns; d += kLanes) store(sums + d, zero());
+    total = sink_weight;
+    for (int64_t p = 0; p < job.parts;) {
+      WeightedParts parts;
+      for (; p < job.parts && parts.count < kParts; ++p) {
+        const float lse = lses[p * job.lses_part_stride];
+        if (lse == -kInfinity) continue;  // whatever it holds
+        const char* row =
+            static_cast<const char*>(job.outs) + (p * job.outs_part_stride + at + begin) * size;
+        parts.weights[parts.count] = lse;
+        parts.rows[parts.count] = row;
+        parts.next[parts.count++] = row + job.dim * size;
+      }
+      total += parts.weigh(reference);
+      with_stored(CacheType::kQuery, job.outs_dtype,
+                  [&](auto type) { add_parts<decltype(type)>(parts, columns, sums); });
     }
-    for (int64_t d = 0; d < count; ++d)
-      store_element(job.out, job.out_dtype, at + begin + d, sums[d]);
-  }
+    const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int64_t d = 0; d < columns; d += kLanes) {
+      store(sums + d, multiply(load(sums + d), broadcast(factor)));
+    }
+    store_elements(job.out, job.out_dtype, at + begin, columns, sums);
+    begin += kPiece;
+  } while (begin < job.dim);
+  job.lse[head * job.lse_head_stride + i] =
+      total == 0.0f ? -kInfinity : reference + std::log(total);
 }
 
 void merge(const AttentionMerge& job, int64_t begin, int64_t end) {
@@ -51,6 +100,13 @@ void merge(const AttentionMerge& job, int64_t begin, int64_t end) {
 
 // Key 32·word + b of a row of the mask becomes bit b.
 uint32_t pack_word(const uint8_t* row, int64_t count) {
+#if defined(__AVX2__)
+  if (count == 32) {
+    const __m256i keys = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+    const __m256i hidden = _mm256_cmpeq_epi8(keys, _mm256_setzero_si256());
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(hidden));
+  }
+#endif
   uint32_t bits = 0;
   for (int64_t b = 0; b < count; ++b) bits |= static_cast<uint32_t>(row[b] != 0) << b;
   return bits;

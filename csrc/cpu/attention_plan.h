@@ -24,13 +24,24 @@ constexpr int64_t kEnoughTasks = 32;
 // anew. With fewer, what is saved goes into memory touched for the first time.
 constexpr int64_t kSharingTasks = 8;
 
+// Few rows of a KV head wait for memory, where the keys of its heads lie side by side, token by
+// token: a task then takes several KV heads along the keys together. At most so many, of so many
+// bytes of a block of 64 keys and values (it and the next one stay within L2),
+constexpr int64_t kJoinedHeads = 64;
+constexpr int64_t kJoinedBytes = 1 << 18;
+// of so many rows each (more do not wait),
+constexpr int64_t kJoinedRows = 32;
+// and leaving each thread so many tasks, if there are.
+constexpr int64_t kTasksPerThread = 2;
+
 struct SequencePlan {
   int64_t batch;
   int32_t q_len, k_len;
   int64_t query_row;  // of the first query among those of all sequences
   int64_t first_query,
       first_key;  // tokens, from the beginning of the batch or of the packed tensor
-  int64_t first_task;
+  int64_t first_task, tasks;
+  int64_t joined;               // KV heads of a task
   int64_t parts, part_keys;     // along keys
   int64_t partial;              // index of its first partial row where parts > 1
   int64_t first_block, blocks;  // packed: of each KV head `blocks`, one head after the other; or 0
@@ -38,12 +49,15 @@ struct SequencePlan {
 
 class AttentionPlan {
  public:
-  explicit AttentionPlan(const AttentionProblem& problem) : problem_(problem) {
+  // cache: where keys lie, or null.
+  AttentionPlan(const AttentionProblem& problem, const PagedCache* cache, int64_t threads)
+      : problem_(problem) {
     // Heads of a KV head share its keys as rows of one task, unless each has a mask of its own.
     heads_ = problem.mask.bits_head_stride != 0 ? 1 : std::min<int64_t>(problem.group(), kTaskRows);
     queries_ = kTaskRows / heads_;
     head_chunks_ = problem.kv_heads * ceil_div(problem.group(), heads_);
     for (int64_t b = 0; b < problem.batch; ++b) add(b);
+    join_heads(cache, threads);
   }
 
   int64_t tasks() const { return tasks_; }
@@ -80,17 +94,21 @@ class AttentionPlan {
     index -= sequence.first_task;
     // Heads follow each other over the same keys, which lie side by side, token by token: what one
     // head has made the processor fetch and translate (lines nearby, pages) serves the next.
-    const int64_t chunk = index % head_chunks_;
-    index /= head_chunks_;
+    const int64_t chunks = head_chunks_ / problem_.kv_heads;
+    const int64_t columns =
+        sequence.joined > 1 ? ceil_div(problem_.kv_heads, sequence.joined) : head_chunks_;
+    const int64_t chunk = index % columns;
+    index /= columns;
     const int64_t part = index % sequence.parts, blocks = ceil_div(sequence.q_len, queries_);
     // The last queries first: under a causal mask they see most, and short tasks at the end leave
     // no thread waiting.
     const int64_t block = blocks - 1 - index / sequence.parts;
-    const int64_t chunks = head_chunks_ / problem_.kv_heads;
     const int64_t in_group = chunk % chunks * heads_;
     task.batch = sequence.batch;
-    task.head = chunk / chunks * problem_.group() + in_group;
-    task.heads = static_cast<int32_t>(std::min(heads_, problem_.group() - in_group));
+    task.head = chunk / chunks * sequence.joined * problem_.group() + in_group;
+    task.heads = static_cast<int32_t>(
+        sequence.joined > 1 ? std::min(heads_ * sequence.joined, problem_.heads - task.head)
+                            : std::min(heads_, problem_.group() - in_group));
     task.query_row = sequence.query_row;
     task.q_len = sequence.q_len;
     task.k_len = sequence.k_len;
@@ -145,8 +163,10 @@ class AttentionPlan {
     sequence.part_keys = std::max<int64_t>(kPartKeys, sequence.k_len);
     if (wanted > 1) sequence.part_keys = ceil_div(ceil_div(sequence.k_len, wanted), 64) * 64;
     sequence.parts = std::max<int64_t>(1, ceil_div(sequence.k_len, sequence.part_keys));
+    sequence.joined = 1;
+    sequence.tasks = whole * sequence.parts;
     sequence.first_task = tasks_;
-    tasks_ += whole * sequence.parts;
+    tasks_ += sequence.tasks;
     sequence.partial = partial_rows_;
     if (sequence.parts > 1) partial_rows_ += sequence.parts * sequence.q_len * problem_.heads;
     sequence.first_block = packed_blocks_;
@@ -155,6 +175,32 @@ class AttentionPlan {
       packed_blocks_ += sequence.blocks * problem_.kv_heads;
     }
     sequences_.push_back(sequence);
+  }
+
+  // As many KV heads to a task as the constants above allow, in a plan that has one to each.
+  void join_heads(const PagedCache* cache, int64_t threads) {
+    if (head_chunks_ != problem_.kv_heads || problem_.mask.bits_head_stride != 0) return;
+    const bool side_by_side = cache != nullptr
+                                  ? cache->key.head_stride < cache->key.slot_stride
+                                  : problem_.key.head_stride < problem_.key.token_stride;
+    if (!side_by_side) return;
+    const bool bytes = cache != nullptr && cache->type != CacheType::kQuery;
+    const int64_t size = bytes ? 1 : size_of(problem_.dtype);
+    const int64_t head_bytes = 64 * (problem_.head_dim + problem_.value_dim) * size;
+    const int64_t most =
+        std::min({kJoinedHeads, kJoinedBytes / head_bytes, tasks_ / (threads * kTasksPerThread)});
+    if (most <= 1) return;
+    tasks_ = 0;
+    for (SequencePlan& sequence : sequences_) {
+      const int64_t rows = sequence.q_len * heads_;
+      if (rows <= kJoinedRows) {
+        const int64_t tasks = ceil_div(problem_.kv_heads, std::min(most, kTaskRows / rows));
+        sequence.joined = ceil_div(problem_.kv_heads, tasks);
+        sequence.tasks = sequence.parts * ceil_div(problem_.kv_heads, sequence.joined);
+      }
+      sequence.first_task = tasks_;
+      tasks_ += sequence.tasks;
+    }
   }
 
   const AttentionProblem& problem_;

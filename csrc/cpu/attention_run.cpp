@@ -56,10 +56,11 @@ Result result_of(const AttentionProblem& problem, const SequencePlan& sequence, 
 void attention_forward(const AttentionProblem& problem, const PagedCache* cache, Tensor& out,
                        Tensor& lse) {
   fill_uncovered(problem, out, lse);
-  const AttentionPlan plan(problem);
+  const int64_t threads = torch::stable::get_num_threads();
+  const AttentionPlan plan(problem, cache, threads);
   if (plan.tasks() == 0) return;
   const AttentionForwardKernels& kernels = attention_forward_kernels();
-  const int64_t workers = std::min<int64_t>(plan.tasks(), torch::stable::get_num_threads());
+  const int64_t workers = std::min(plan.tasks(), threads);
   const int64_t scratch_size = ceil_div(kernels.scratch_size(problem), 16) * 16;
   Workspace workspace;
   const size_t scratch = workspace.reserve<float>(workers * scratch_size);

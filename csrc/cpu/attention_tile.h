@@ -2,7 +2,7 @@
 //
 //   kFloats   everything as float, the keys transposed
 //   kPairs    bfloat16 in pairs of neighbours, for its own instruction; probabilities are rounded
-//   kRows     for a few rows: keys and values are read once, where they lie if they are floats
+//   kRows     for a few rows: keys and values are read once, where they lie and as they are stored
 //
 // Which one depends on the sequence's own lengths, the dtype and the processor only.
 #pragma once
@@ -20,9 +20,9 @@ namespace {
 
 enum class Kind { kFloats, kPairs, kRows };
 
-// To transpose a block of keys costs as much as to multiply it by two rows as they lie; a tile of
-// products is full from kTileRows on.
-constexpr int32_t kFewRows = 4;
+// Up to so many rows keys and values are read once for every kDotRows, from memory that others wait
+// for; to convert and transpose a block, and then to multiply, takes longer.
+constexpr int32_t kFewRows = 8;
 
 // A sum of many terms one after another would round worse than the blocked ones of other libraries.
 constexpr int64_t kSumLength = 128;
@@ -39,8 +39,7 @@ int64_t length_of(const AttentionProblem& problem) {
 struct HeadRows {
   const void* data;
   DType dtype;
-  int64_t begin, stride, columns;           // in elements
-  const float* const* scattered = nullptr;  // where the rows of a block lie, if not at a stride
+  int64_t begin, stride, columns;  // in elements
 
   HeadRows(const TokenView& view, DType type, int64_t offset, int64_t head, int64_t dim)
       : data(view.data),
@@ -49,18 +48,12 @@ struct HeadRows {
         stride(view.token_stride),
         columns(dim) {}
   int64_t at(int64_t token) const { return begin + token * stride; }
-  void fetch(int64_t token, int64_t end) const {
-    const char* base = static_cast<const char*>(data);
-    const int64_t size = size_of(dtype);
-    for (; token < end; ++token) {
-      for (int64_t byte = 0; byte < columns * size; byte += 64) {
-        __builtin_prefetch(base + at(token) * size + byte, 0, 2);
-      }
-    }
+  const char* address(int64_t token) const {
+    return static_cast<const char*>(data) + at(token) * size_of(dtype);
   }
-  bool in_place() const { return dtype == DType::kFloat32 && columns % kBlockPad == 0; }
-  BlockRows<const float> rows(int64_t token) const {
-    return {static_cast<const float*>(data) + at(token), stride};
+  void locate(int64_t token, int64_t count, const void** rows) const {
+    const char* row = address(token);
+    for (int64_t t = 0; t < count; ++t, row += stride * size_of(dtype)) rows[t] = row;
   }
 };
 
@@ -77,10 +70,16 @@ struct Tile {
   float* scratch;           // [kBlockPad, max(D, D_v)]
   float* key_pages;         // [kBlockKeys, D] and
   float* value_pages;       // [kBlockKeys, D_v], brought together, of a paged cache
-  // Where the block at hand is, there or in place.
+  // Where the block at hand is, there or in the task's packed keys,
   BlockRows<const float> key, value;
-  const float* const* key_rows = nullptr;  // or, of few rows, one by one
-  const float* const* value_rows = nullptr;
+  // or, of a few rows, vector by vector, there or in place, and what to fetch for later.
+  const void** key_rows;    // [kBlockKeys]
+  const void** value_rows;  // [kBlockKeys]
+  const void** next_keys;   // [kBlockKeys], with room for as many more
+  const void** next_values;
+  float* nothing;  // [max(D, D_v)], 0: what is not seen
+  CacheType stored = CacheType::kQuery;
+  DType stored_dtype = DType::kFloat32;
 
   // With no memory, only the size in floats is of interest.
   static int64_t lay_out(const AttentionProblem& problem, float* memory, Tile& tile) {
@@ -104,6 +103,11 @@ struct Tile {
     const bool paged = problem.seq_lens != nullptr;
     tile.key_pages = piece(paged ? kBlockKeys * query_stride : 0);
     tile.value_pages = piece(paged ? kBlockKeys * value_stride : 0);
+    tile.key_rows = reinterpret_cast<const void**>(piece(2 * kBlockKeys));
+    tile.value_rows = reinterpret_cast<const void**>(piece(2 * kBlockKeys));
+    tile.next_keys = reinterpret_cast<const void**>(piece(4 * kBlockKeys));
+    tile.next_values = reinterpret_cast<const void**>(piece(4 * kBlockKeys));
+    tile.nothing = piece(std::max(query_stride, value_stride));
     return size;
   }
 
@@ -135,18 +139,12 @@ struct Tile {
   void load_keys(const HeadRows& x, int32_t n0, int32_t count) {
     const BlockRows<float> transposed{key_memory, kBlockKeys};
     key = {key_memory, kBlockKeys};
-    key_rows = x.scattered;
-    if (key_rows != nullptr) return;
     if constexpr (kKind == Kind::kPairs) {
       load_transposed_pairs(x.data, x.at(n0), x.stride, count, x.columns, scratch, transposed);
     } else if constexpr (kKind == Kind::kFloats) {
       load_transposed(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, scratch, transposed);
-    } else if (x.in_place()) {
-      key = x.rows(n0);
     } else {
-      const BlockRows<float> rows{key_memory, padded_columns(x.columns)};
-      load_block(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, rows);
-      key = {rows.data, rows.stride};
+      load_rows(x, n0, count, {key_memory, padded_columns(x.columns)}, key_rows);
     }
   }
 
@@ -154,29 +152,37 @@ struct Tile {
   void load_values(const HeadRows& x, int32_t n0, int32_t count) {
     const BlockRows<float> rows{value_memory, sums.stride};
     value = {value_memory, sums.stride};
-    value_rows = x.scattered;
-    if (value_rows != nullptr) return;
     if constexpr (kKind == Kind::kPairs) {
       load_row_pairs(x.data, x.at(n0), x.stride, count, x.columns, rows);
-    } else if (kKind == Kind::kRows && x.in_place()) {
-      value = x.rows(n0);
-    } else {
+    } else if constexpr (kKind == Kind::kFloats) {
       load_block(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, rows);
+    } else {
+      load_rows(x, n0, count, rows, value_rows);
     }
+  }
+
+  static void load_rows(const HeadRows& x, int32_t n0, int32_t count, BlockRows<float> out,
+                        const void** rows) {
+    load_block(x.data, x.dtype, x.at(n0), x.stride, count, x.columns, out);
+    for (int32_t t = 0; t < count; ++t) rows[t] = out.row(t);
   }
 
   template <Kind kKind>
   bool values_are_finite(int32_t count) const {
     if constexpr (kKind == Kind::kPairs) {
       return pairs_are_finite(value.data, pairs_of(count) * value.stride);
+    } else if constexpr (kKind == Kind::kRows) {
+      bool finite = true;
+      with_stored(stored, stored_dtype, [&](auto type) {
+        finite =
+            rows_are_finite(RowTable<decltype(type)>{value_rows, value_rows}, count, sums.stride);
+      });
+      return finite;
+    } else {
+      const void* rows[kBlockKeys];
+      for (int32_t t = 0; t < count; ++t) rows[t] = value.row(t);
+      return rows_are_finite(RowTable<StoredFloat32>{rows, rows}, count, sums.stride);
     }
-    Vec nothing = zero();  // x·0 is 0 of every finite x, NaN of the others
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t d = 0; d < sums.stride; d += kLanes) {
-        nothing = fma(load(value_row(j) + d), zero(), nothing);
-      }
-    }
-    return sum(nothing) == 0.0f;
   }
 
   // scores[row …, left … right) = q·k, left and right multiples of kBlockPad. `count` keys exist.
@@ -186,12 +192,10 @@ struct Tile {
     if constexpr (kKind == Kind::kRows) {
       const BlockRows<const float> q{query.row(row), query.stride};
       const int keys = std::min(right, count) - left;
-      if (key_rows != nullptr) {
-        multiply_rows(q, RowTable{key_rows + left}, products, rows, keys, query.stride);
-      } else {
-        const BlockRows<const float> k{key.row(left), key.stride};
+      with_stored(stored, stored_dtype, [&](auto type) {
+        const RowTable<decltype(type)> k{key_rows + left, next_keys + left};
         multiply_rows(q, k, products, rows, keys, query.stride);
-      }
+      });
     } else {
       using Lanes = std::conditional_t<kKind == Kind::kPairs, Pairs, Floats>;
       for (int64_t d = 0; d < length; d += kSumLength) {
@@ -220,9 +224,12 @@ struct Tile {
       p.data += first;
       multiply_block<true, Pairs>(p, {value.row(first), value.stride}, out, rows, sums.stride,
                                   last - first);
-    } else if (kKind == Kind::kRows && value_rows != nullptr) {
+    } else if constexpr (kKind == Kind::kRows) {
       p.data += first;
-      add_products(p, RowTable{value_rows + first}, out, rows, sums.stride, last - first);
+      with_stored(stored, stored_dtype, [&](auto type) {
+        const RowTable<decltype(type)> v{value_rows + first, next_values + first};
+        add_products(p, v, out, rows, sums.stride, last - first);
+      });
     } else {
       p.data += first;
       multiply_block<true>(p, {value.row(first), value.stride}, out, rows, sums.stride,
@@ -233,18 +240,19 @@ struct Tile {
   // sums[row] += p[j] · v[j], key by key: for values that must not meet the p = 0 of a row that
   // does not see them.
   template <Kind kKind>
-  void multiply_value(int32_t row, int j, const HeadRows& x, int32_t n0) const {
-    BlockRows<const float> one{value_row(j), value.stride};
-    if constexpr (kKind == Kind::kPairs) {
-      load_block(x.data, x.dtype, x.at(n0 + j), x.stride, 1, x.columns, {scratch, sums.stride});
-      one = {scratch, sums.stride};
+  void multiply_value(int32_t row, int j, const HeadRows* x, int32_t n0) const {
+    if constexpr (kKind == Kind::kRows) {
+      multiply_values<kKind>(row, 1, j, j + 1);
+    } else {
+      BlockRows<const float> one{value.row(j), value.stride};
+      if constexpr (kKind == Kind::kPairs) {
+        load_block(x->data, x->dtype, x->at(n0 + j), x->stride, 1, x->columns,
+                   {scratch, sums.stride});
+        one = {scratch, sums.stride};
+      }
+      multiply_block<true>({scores.row(row) + j, kBlockKeys}, one, {sums.row(row), sums.stride}, 1,
+                           sums.stride, 1);
     }
-    multiply_block<true>({scores.row(row) + j, kBlockKeys}, one, {sums.row(row), sums.stride}, 1,
-                         sums.stride, 1);
-  }
-
-  const float* value_row(int64_t j) const {
-    return value_rows != nullptr ? value_rows[j] : value.row(j);
   }
 
   int64_t length = 0;  // see length_of()

@@ -22,29 +22,38 @@ inline uint16_t float8_to_float16_bits(uint8_t x) {
   return static_cast<uint16_t>(bits | ((bits + 0x80u) & 0x4000u));
 }
 
+#if defined(__AVX2__) && defined(__F16C__)
+// The same of eight or sixteen bytes.
+inline __m128i float8_to_float16(__m128i eight) {
+  const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(eight), 7);
+  const __m128i bits = _mm_and_si128(shifted, _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+  const __m128i carried = _mm_add_epi16(bits, _mm_set1_epi16(0x80));
+  return _mm_or_si128(bits, _mm_and_si128(carried, _mm_set1_epi16(0x4000)));
+}
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __m256i float8_to_float16_wide(__m128i sixteen) {
+  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(sixteen), 7);
+  const __m256i bits = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  const __m256i carried = _mm256_add_epi16(bits, _mm256_set1_epi16(0x80));
+  return _mm256_or_si256(bits, _mm256_and_si256(carried, _mm256_set1_epi16(0x4000)));
+}
+#endif
+
 // out[i] = float(x[i])
 inline void load_float8(const uint8_t* x, int64_t count, float* out) {
   int64_t i = 0;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
-  const __m256i one = _mm256_set1_epi16(0x80), nan = _mm256_set1_epi16(0x4000);
   for (; i + 16 <= count; i += 16) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
-    bits = _mm256_and_si256(bits, mask);
-    bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_add_epi16(bits, one), nan));
-    const __m512 scaled = _mm512_cvtph_ps(bits);
+    const __m512 scaled = _mm512_cvtph_ps(float8_to_float16_wide(bytes));
     _mm512_storeu_ps(out + i, _mm512_mul_ps(scaled, _mm512_set1_ps(kFloat8OfFloat16)));
   }
 #elif defined(__AVX2__) && defined(__F16C__)
-  const __m128i mask = _mm_set1_epi16(static_cast<int16_t>(0xbf80));
-  const __m128i one = _mm_set1_epi16(0x80), nan = _mm_set1_epi16(0x4000);
   for (; i + 8 <= count; i += 8) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + i));
-    __m128i bits = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
-    bits = _mm_and_si128(bits, mask);
-    bits = _mm_or_si128(bits, _mm_and_si128(_mm_add_epi16(bits, one), nan));
-    const __m256 scaled = _mm256_cvtph_ps(bits);
+    const __m256 scaled = _mm256_cvtph_ps(float8_to_float16(bytes));
     _mm256_storeu_ps(out + i, _mm256_mul_ps(scaled, _mm256_set1_ps(kFloat8OfFloat16)));
   }
 #endif
