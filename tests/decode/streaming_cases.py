@@ -56,3 +56,24 @@ def of_the_paper(model, sinks, window, tokens, interleaved=False, frequencies=No
 
 def assert_close(ours, theirs, tolerance=2e-5):
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
+
+
+# Frequencies that depend on the length of the text. The models were trained on 32 tokens.
+
+
+def dynamic():
+    # For dynamic scaling the length that was trained on is the one that is said to be the most.
+    return of_family("Llama", **rope("dynamic", factor=2.0), max_position_embeddings=32)
+
+
+def longrope():
+    factors = {
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+    }
+    parameters = rope("longrope", factor=2.0, original_max_position_embeddings=32, **factors)
+    # Version 4 looks for it beside the parameters.
+    return of_family("Llama", **parameters, original_max_position_embeddings=32)
+
+
+GROWING = {"dynamic": dynamic, "longrope": longrope}

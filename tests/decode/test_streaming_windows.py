@@ -6,7 +6,14 @@ import pytest
 import torch
 import transformers
 from forward_passes import alone, prompts
-from streaming_cases import TOKENS, assert_close, of_family, of_the_paper, rope, stream_of
+from streaming_cases import (
+    GROWING,
+    TOKENS,
+    assert_close,
+    of_family,
+    of_the_paper,
+    stream_of,
+)
 
 from decoders import WINDOW, build
 from pumice.decode import rotary
@@ -92,25 +99,7 @@ def test_a_learned_sink_counts_once():
     assert_close(stream_of(model, 4, 12).forward(TOKENS), of_the_paper(model, 4, 12, TOKENS))
 
 
-# Frequencies that depend on the length of the text. The models were trained on 32 tokens.
-
-
-def dynamic():
-    # For dynamic scaling the length that was trained on is the one that is said to be the most.
-    return of_family("Llama", **rope("dynamic", factor=2.0), max_position_embeddings=32)
-
-
-def longrope():
-    factors = {
-        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
-    }
-    parameters = rope("longrope", factor=2.0, original_max_position_embeddings=32, **factors)
-    # Version 4 looks for it beside the parameters.
-    return of_family("Llama", **parameters, original_max_position_embeddings=32)
-
-
-GROWING = {"dynamic": dynamic, "longrope": longrope}
+# Frequencies that depend on the length of the text.
 
 
 def frequencies_at(model, length):

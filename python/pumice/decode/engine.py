@@ -17,6 +17,7 @@ from pumice.decode.draft_tree import TreeDraft
 from pumice.decode.drafting import Drafting
 from pumice.decode.ending import Ending
 from pumice.decode.invariance import check_batch_invariance
+from pumice.decode.limits import eos_token_ids, length_limit
 from pumice.decode.output import Output
 from pumice.decode.packing import pack, upload
 from pumice.decode.pool import CachePool
@@ -89,6 +90,8 @@ class Engine:
         max_batch_tokens: in a pass, by default 512 (64 if batch_invariant).
         max_sequences: running together, at most max_batch_tokens; by default 64.
         max_length: of a sequence; by default the model's ``max_position_embeddings``, if it says.
+            Where rotary frequencies depend on the length (longrope), by default no more than has
+            those of short texts; given more, all texts have those of max_length tokens.
         cache_dtype: None for the model's own; see :class:`~pumice.decode.CachePool`.
         draft: proposes tokens for speculative decoding, chains or trees of them. Trees do not go
             with layers that have a window: windows count slots of the cache, and in a tree these
@@ -131,11 +134,15 @@ class Engine:
                 )
         if max_batch_tokens is None:
             max_batch_tokens = 64 if batch_invariant else 512
-        if max_sequences is None:
-            max_sequences = min(64, max_batch_tokens)
         self.runner = ModelRunner(
             model, num_blocks=num_blocks, block_size=block_size, cache_dtype=cache_dtype
         )
+        self.max_length, self._mark = length_limit(self.runner.paged_model, max_length)
+        self._pad_to = max_batch_tokens if batch_invariant else 0
+        if self._pad_to and self._mark is not None:  # it is one of the rows
+            max_batch_tokens -= 1
+        if max_sequences is None:
+            max_sequences = min(64, max_batch_tokens)
         self._drafting = Drafting(draft, self.runner.vocab_size) if draft is not None else None
         if isinstance(draft, TreeDraft):
             self._check_trees(batch_invariant)
@@ -147,11 +154,9 @@ class Engine:
         )
         self.scheduler = Scheduler(self.manager, max_batch_tokens, max_sequences)
         self.tokenizer = tokenizer
-        self.max_length = _position_limit(model) if max_length is None else max_length
-        self.eos_token_ids = _eos_token_ids(model)
-        self._pad_to = max_batch_tokens if batch_invariant else 0
+        self.eos_token_ids = eos_token_ids(model)
         if batch_invariant:
-            check_batch_invariance(self.runner, max_batch_tokens)
+            check_batch_invariance(self.runner, self._pad_to)
         self._sampler = Sampler(self.runner.device)
         self._ids, self._sequence_ids = 0, count()
         self._live: dict[int, dict[int, Request]] = {}  # of a request: its sequences by index
@@ -285,7 +290,7 @@ class Engine:
             index = index.copy()
             index.resize(self._pad_to)
         trees = guesses.trees if guesses else None
-        batch = pack(plan, self.runner.pool, self._pad_to, trees)
+        batch = pack(plan, self.runner.pool, self._pad_to, trees, self._mark)
         logits = self.runner.forward(batch, upload(index, self.runner.device))
         if tuple(logits.shape) != (len(index), self.runner.vocab_size):
             raise RuntimeError(
@@ -380,20 +385,3 @@ def _no_distribution(request: Request) -> RuntimeError:
         f"the model's logits at position {len(request.tokens)} are no distribution: all of them "
         "are NaN or -inf"
     )
-
-
-def _position_limit(model: nn.Module) -> int | None:
-    """What the model's configuration says, if it does."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
-
-
-def _eos_token_ids(model: nn.Module) -> frozenset[int]:
-    """End-of-sequence tokens of transformers' generation_config."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset((ids,) if isinstance(ids, int) else ids)

@@ -19,12 +19,17 @@ __all__ = ["pack", "upload"]
 
 
 def pack(
-    plan: Plan, pool: CachePool, pad_to: int = 0, trees: Mapping[int, Tree] | None = None
+    plan: Plan,
+    pool: CachePool,
+    pad_to: int = 0,
+    trees: Mapping[int, Tree] | None = None,
+    mark: int | None = None,
 ) -> PagedBatch:
     """The batch of a forward pass; copies the blocks that the plan asks to be copied.
 
     ``trees``: by id of the request, where its drafts are one. Nodes stand at the position of their
-    depth, and see their own branch only.
+    depth, and see their own branch only. ``mark``: a position at which a token of no sequence is to
+    stand.
 
     ``pad_to``: make every pass the same to every row. It is filled up with tokens of no sequence to
     so many: they are written nowhere, and attention gives them zero. And each token is a sequence
@@ -35,11 +40,14 @@ def pack(
     pool.copy_blocks(step.copies)
     total = len(plan.tokens)
     ends = np.cumsum(counts)
-    per_token = np.zeros((3, max(total, pad_to)), np.int64)
+    marks = 0 if mark is None else 1
+    per_token = np.zeros((3, max(total + marks, pad_to)), np.int64)
     per_token[0, :total] = plan.tokens
     per_token[1, :total] = np.arange(total) + np.repeat(step.seq_lens - ends, counts)
     per_token[2, :total] = step.slot_mapping
     per_token[2, total:] = -1
+    if mark is not None:
+        per_token[1, -1] = mark
     grown = _grown(plan, trees) if trees else None
     mask = None
     if grown is not None:
@@ -48,7 +56,8 @@ def pack(
             if tree is not None:
                 root = length - len(tree) - 1
                 per_token[1, end - len(tree) : end] = root + np.array(tree.depths(), np.int64)
-        mask = upload(tree_mask(grown, counts), pool.device)
+        seen = tree_mask(grown, counts)
+        mask = upload(np.pad(seen, ((0, marks), (0, 0))), pool.device)
     lengths, table = step.seq_lens.astype(np.int64), step.block_table
     if pad_to:
         lengths, table = per_token[1, :total] + 1, np.repeat(table, counts, axis=0)

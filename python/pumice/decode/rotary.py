@@ -10,7 +10,10 @@ from torch import Tensor
 
 from pumice.decode.model import PagedModel, look
 
-__all__ = ["Rotary", "find_rotary"]
+__all__ = ["Rotary", "find_rotary", "steady_length"]
+
+# transformers' names of frequencies that are the same in texts of any length.
+_FIXED = {None, "default", "linear", "yarn", "llama3"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,32 @@ def _unlike_rotary(model: PagedModel, layer: int) -> NotImplementedError:
         f"{type(model.model).__name__}: queries and keys of layer {layer} at other positions are "
         "not those at position 0 turned by rotary embeddings (inv_freq); streaming relies on that"
     )
+
+
+def steady_length(model: PagedModel, most: int) -> int:
+    """Texts of so many tokens, ``most`` or fewer, are all turned by the same frequencies."""
+    kinds: set[str | None] = set()
+    for module in model.model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds.update(kind.values() if isinstance(kind, dict) else [kind])
+    if kinds <= _FIXED:  # nearly all models: it is not worth a few passes
+        return most
+
+    def same(length: int) -> bool:
+        look(model)
+        short = _frequencies(model.model)
+        look(model, positions=[length - 1])
+        long = _frequencies(model.model)
+        look(model)
+        return len(short) == len(long) and all(map(torch.equal, short, long))
+
+    steady, changed = 1, most + 1
+    if same(most):
+        return most
+    while changed - steady > 1:
+        middle = (steady + changed) // 2
+        steady, changed = (middle, changed) if same(middle) else (steady, middle)
+    return steady
 
 
 def _explains(rotary: Rotary | None, positions: list[int], states: Tensor) -> bool:
