@@ -12,7 +12,8 @@ set(PUMICE_CPU_ISA_SOURCES csrc/cpu/attention_backward.cpp csrc/cpu/attention_fo
     csrc/cpu/int4_panel_gemm.cpp csrc/cpu/int4_weight.cpp csrc/cpu/int8_gemm.cpp
     csrc/cpu/int8_quantize.cpp csrc/cpu/paged_append.cpp
     csrc/cpu/sampling_rows.cpp csrc/cpu/sampling_verify.cpp
-    csrc/cpu/sparse24_few_rows.cpp csrc/cpu/sparse24_int4_few_rows.cpp
+    csrc/cpu/sparse24_few_rows.cpp csrc/cpu/sparse24_float_panel.cpp
+    csrc/cpu/sparse24_int4_few_rows.cpp
     csrc/cpu/sparse24_int8_few_rows.cpp csrc/cpu/sparse24_int8_panel.cpp
     csrc/cpu/sparse24_weight.cpp)
 
@@ -28,7 +29,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   # Instructions that some processors have beyond a set, and the sources that use them.
   set(PUMICE_CPU_EXTENSIONS avx512bf16)
   set(PUMICE_ISA_FLAGS_avx512bf16 ${PUMICE_ISA_FLAGS_avx512vnni} -mavx512bf16)
-  set(PUMICE_ISA_SOURCES_avx512bf16 csrc/cpu/attention_forward.cpp)
+  set(PUMICE_ISA_SOURCES_avx512bf16 csrc/cpu/attention_forward.cpp
+                                    csrc/cpu/sparse24_float_panel.cpp)
 endif()
 
 add_library(pumice_cpu SHARED ${PUMICE_CPU_SOURCES})

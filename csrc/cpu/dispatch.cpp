@@ -87,6 +87,14 @@ const Sparse24FloatKernels& sparse24_float_kernels() {
   return kernels;
 }
 
+const Sparse24FloatPanelKernels& sparse24_float_panel_kernels() {
+#if defined(PUMICE_HAS_ISA_avx512bf16)
+  if (active_isa() == Isa::kAvx512Bf16) return avx512bf16::sparse24_float_panel_kernels;
+#endif
+  static const Sparse24FloatPanelKernels& kernels = PUMICE_SELECT(sparse24_float_panel_kernels);
+  return kernels;
+}
+
 const Sparse24Int8Kernels& sparse24_int8_kernels() {
   static const Sparse24Int8Kernels& kernels = PUMICE_SELECT(sparse24_int8_kernels);
   return kernels;

@@ -23,6 +23,7 @@ const AttentionBackwardKernels& attention_backward_kernels();
 const PagedKernels& paged_kernels();
 const Sparse24WeightKernels& sparse24_weight_kernels();
 const Sparse24FloatKernels& sparse24_float_kernels();
+const Sparse24FloatPanelKernels& sparse24_float_panel_kernels();
 const Sparse24Int8Kernels& sparse24_int8_kernels();
 const Sparse24Int8PanelKernels& sparse24_int8_panel_kernels();
 const Sparse24Int4Kernels& sparse24_int4_kernels();

@@ -4,7 +4,7 @@
 namespace pumice::cpu {
 
 // Each holds those before it. kAvx512Bf16 has kernels of its own where they use its instructions
-// (attention forward), else those of kAvx512Vnni.
+// (attention forward, 2:4 products), else those of kAvx512Vnni.
 enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAvx512Bf16 };
 
 const char* name_of(Isa isa);

@@ -91,12 +91,54 @@ void few_rows(const Sparse24LinearArgs& args, Tensor& y) {
   for_columns(job.n, job.m * k, [&](int64_t begin, int64_t end) { kernels.gemm(job, begin, end); });
 }
 
+// Blocks of rows of x, whose sums and a block of whose columns stay in L2, times chunks of columns,
+// spread over the threads. Smaller blocks where there would be few: each decodes the weight anew.
+void panels(const Sparse24LinearArgs& args, Tensor& y) {
+  constexpr int64_t kRowBlock = 256, kLeastBlock = 32;
+  const Sparse24FloatPanelKernels& kernels = sparse24_float_panel_kernels();
+  const Sparse24PanelShape shape = kernels.shape(args.dtype);
+  const int64_t k = args.weight.k, tiles = ceil_div(args.m, shape.tile_rows);
+  Workspace workspace;
+  const size_t prepared = workspace.reserve<char>(args.m * k * shape.element);
+  workspace.allocate(args.x);
+  const Sparse24FloatJob job{args.x.const_data_ptr(),
+                             args.weight.values,
+                             args.weight.meta,
+                             args.dtype,
+                             args.bias,
+                             y.mutable_data_ptr(),
+                             args.m,
+                             args.weight.n,
+                             k,
+                             workspace.at<char>(prepared)};
+  for_rows(tiles, shape.tile_rows * k,
+           [&](int64_t begin, int64_t end) { kernels.prepare(job, begin, end); });
+  const int64_t columns = ceil_div(job.n, shape.columns);
+  const int64_t tasks = 4 * int64_t{torch::stable::get_num_threads()};
+  const int64_t block = std::clamp(tiles * columns / tasks, kLeastBlock / shape.tile_rows,
+                                   kRowBlock / shape.tile_rows);
+  const int64_t rows = std::min(tiles, block) * shape.tile_rows;
+  const int64_t grain = ceil_div(64 * kGrain, rows * shape.columns * k);
+  parallel_for(0, ceil_div(tiles, block) * columns, grain, [&](int64_t begin, int64_t end) {
+    Workspace memory;
+    const size_t scratch = memory.reserve<char>(kernels.scratch_bytes(args.dtype, rows));
+    memory.allocate(args.x);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = i / columns * block, n = i % columns * shape.columns;
+      kernels.gemm(job, memory.at<char>(scratch), tile, std::min(tile + block, tiles), n,
+                   std::min(n + shape.columns, job.n));
+    }
+  });
+}
+
 Tensor sparse24_linear(Tensor x, Tensor values, Tensor meta, std::optional<Tensor> bias) {
   const Sparse24LinearArgs args = check_sparse24_linear(x, values, meta, bias);
   Tensor y = new_empty(x, shape_with_last(x, args.weight.n));
   if (args.m == 0) return y;
-  if (args.m <= sparse24_float_kernels().few_rows(args.dtype)) {
+  if (args.m <= sparse24_float_panel_kernels().few_rows(args.dtype)) {
     few_rows(args, y);
+  } else if (sparse24_float_panel_kernels().exist) {
+    panels(args, y);
   } else {
     multiply_decompressed(args, bias, y);
   }

@@ -12,7 +12,8 @@ namespace pumice::cpu {
 void decompress_rows(const Sparse24Weight& weight, int64_t element, void* w, int64_t begin,
                      int64_t end);
 
-// torch's own product: of fp32 and bf16 in their dtype, of fp16 in fp32, where CPUs are faster.
+// torch's own product, where there are no panels: of fp32 and bf16 in their dtype, of fp16 in fp32,
+// where CPUs are faster.
 void multiply_decompressed(const Sparse24LinearArgs& args, const std::optional<Tensor>& bias,
                            Tensor& y);
 

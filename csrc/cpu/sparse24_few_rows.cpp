@@ -23,13 +23,6 @@ namespace {
 
 constexpr int64_t kBlock = 2 * kFloats;  // columns
 
-// Measured beside decompressed chunks and torch's product, which is fast for bf16 where the
-// processor multiplies it.
-int64_t few_rows(DType dtype) {
-  if (sizeof(Lanes) == 64) return dtype == DType::kBFloat16 ? 10 : 16;
-  return sizeof(Lanes) == 32 ? 8 : 4;
-}
-
 int64_t prepared_row(int64_t k) { return (k + kBlock - 1) / kBlock * kBlock; }
 
 void prepare(const Sparse24FloatJob& job, float* row) {
@@ -37,7 +30,8 @@ void prepare(const Sparse24FloatJob& job, float* row) {
   std::fill(row + job.k, row + padded, 0.0f);
   for (int64_t m = 0; m < job.m; ++m) {
     load_elements(job.x, job.dtype, m * job.k, job.k, row);
-    order_chunks<sizeof(Lanes), 2>(row, padded * int64_t{sizeof(float)}, job.prepared + m * padded);
+    order_chunks<sizeof(Lanes), 2>(row, padded * int64_t{sizeof(float)},
+                                   static_cast<float*>(job.prepared) + m * padded);
   }
 }
 
@@ -46,7 +40,7 @@ template <DType kDtype, int kM, int kN>
 void multiply(const Sparse24FloatJob& job, int64_t m, const Sparse24Rows<kN>& rows,
               float (&sums)[kM][kN]) {
   const int64_t stride = prepared_row(job.k), kept = job.k / 2;
-  const float* x = job.prepared + m * stride;
+  const float* x = static_cast<const float*>(job.prepared) + m * stride;
   Lanes acc[kM][kN];
 #pragma GCC unroll 4
   for (int i = 0; i < kM; ++i) {
@@ -119,6 +113,6 @@ void gemm(const Sparse24FloatJob& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Sparse24FloatKernels sparse24_float_kernels = {few_rows, prepared_row, prepare, gemm};
+const Sparse24FloatKernels sparse24_float_kernels = {prepared_row, prepare, gemm};
 
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -4,8 +4,9 @@
 //
 // Few rows of x are multiplied by the kept weights alone: each picks its element of x in a register
 // (sparse24_*few_rows.cpp), so that half the weight's bytes are read, and those of its places. With
-// more rows a chunk of the weight is decompressed into caches once for all of them, and multiplied
-// by the dense kernels.
+// more rows the weight's rows lie in the lanes of registers, decoded once for all rows of x
+// (sparse24_*panel.cpp); where there is no such kernel a chunk of the weight is decompressed into
+// caches and multiplied by the dense kernels.
 #pragma once
 
 #include <cstdint>
@@ -43,17 +44,37 @@ struct Sparse24FloatJob {
   VectorView bias;
   void* y;  // [M, N]
   int64_t m, n, k;
-  float* prepared;  // [M, prepared_row(K)]
+  void* prepared;  // what prepare leaves of x
 };
 
+// Each takes and leaves fp32 [M, prepared_row(K)] in `prepared`.
 struct Sparse24FloatKernels {
-  // Up to so many rows of x are "few": beyond, decompressing costs less.
-  int64_t (*few_rows)(DType dtype);
   int64_t (*prepared_row)(int64_t k);  // floats
   // `row` is room for as many.
   void (*prepare)(const Sparse24FloatJob& job, float* row);
   // Columns [begin, end) of y.
   void (*gemm)(const Sparse24FloatJob& job, int64_t begin, int64_t end);
+};
+
+// Products of panels of weight rows with tiles of rows of x.
+struct Sparse24PanelShape {
+  int64_t tile_rows;  // of x, at most
+  int64_t columns;    // of y, side by side
+  int64_t element;    // bytes of one of x, prepared
+};
+
+struct Sparse24FloatPanelKernels {
+  bool exist;  // else decompress; only few_rows is set
+  // Up to so many rows of x the kernels for few rows are faster.
+  int64_t (*few_rows)(DType dtype);
+  Sparse24PanelShape (*shape)(DType dtype);
+  // Bytes that gemm needs for so many rows of x.
+  int64_t (*scratch_bytes)(DType dtype, int64_t rows);
+  // Of ceil(M / tile_rows) tiles those in [begin, end). `prepared` holds M·K elements.
+  void (*prepare)(const Sparse24FloatJob& job, int64_t begin, int64_t end);
+  // Tiles [tile_begin, tile_end) of the rows of y and columns [begin, end).
+  void (*gemm)(const Sparse24FloatJob& job, void* scratch, int64_t tile_begin, int64_t tile_end,
+               int64_t begin, int64_t end);
 };
 
 // y[m,n] = Σ_j q[m,c(n,j)] · values[n,j] · scale[m] · weight_scale[n] + bias[n] in int8.
@@ -118,17 +139,21 @@ struct Sparse24Int4Kernels {
   void (*gemm)(const Sparse24Int4Job& job, float* scratch, int64_t begin, int64_t end);
 };
 
-#define PUMICE_DECLARE_SPARSE24_KERNELS(isa)                         \
-  namespace isa {                                                    \
-  extern const Sparse24WeightKernels sparse24_weight_kernels;        \
-  extern const Sparse24FloatKernels sparse24_float_kernels;          \
-  extern const Sparse24Int8Kernels sparse24_int8_kernels;            \
-  extern const Sparse24Int8PanelKernels sparse24_int8_panel_kernels; \
-  extern const Sparse24Int4Kernels sparse24_int4_kernels;            \
+#define PUMICE_DECLARE_SPARSE24_KERNELS(isa)                           \
+  namespace isa {                                                      \
+  extern const Sparse24WeightKernels sparse24_weight_kernels;          \
+  extern const Sparse24FloatKernels sparse24_float_kernels;            \
+  extern const Sparse24FloatPanelKernels sparse24_float_panel_kernels; \
+  extern const Sparse24Int8Kernels sparse24_int8_kernels;              \
+  extern const Sparse24Int8PanelKernels sparse24_int8_panel_kernels;   \
+  extern const Sparse24Int4Kernels sparse24_int4_kernels;              \
   }
 PUMICE_DECLARE_SPARSE24_KERNELS(portable)
 PUMICE_DECLARE_SPARSE24_KERNELS(avx2)
 PUMICE_DECLARE_SPARSE24_KERNELS(avx512vnni)
 #undef PUMICE_DECLARE_SPARSE24_KERNELS
+namespace avx512bf16 {
+extern const Sparse24FloatPanelKernels sparse24_float_panel_kernels;
+}
 
 }  // namespace pumice::cpu

@@ -7,6 +7,9 @@
 //
 //   kRowLanes, RowWords  32-bit lanes, and a register of them
 //   load_words           four registers from 16 bytes of each row, or from fewer
+//   load_square          kRowLanes registers from as many words of each row, or from fewer: whole
+//                        cache lines where rows are long, for those of rows whose length is a
+//                        multiple of 4 KB lie in one set of L1, which has fewer ways than rows
 //
 // (the portable kernels have no lanes).
 #pragma once

@@ -183,7 +183,9 @@ def sparse24() -> None:
     """Few rows and many, of every kind of weight."""
     g = torch.Generator().manual_seed(4)
     dtypes = itertools.cycle((torch.float32, torch.float16, torch.bfloat16))
-    for m, n, k in itertools.product((1, 3, 7), (1, 5, 17), (4, 28, 36, 64, 132, 260, 516, 1028)):
+    for m, n, k in itertools.product(
+        (1, 3, 7, 13), (1, 5, 17), (4, 28, 36, 64, 132, 260, 516, 1028)
+    ):
         dtype = next(dtypes)
         w = torch.randn(n, k // 4, 4, generator=g)
         w[..., 1:3] = 0
