@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/attention_block.h"
+#include "cpu/attention_pairs.h"
 #include "cpu/attention_stored.h"
 
 namespace pumice::cpu::PUMICE_ISA {
@@ -36,7 +37,7 @@ struct RowTable {
 //
 // The sums of kLanes pairs of a row and a key are kept as one register each; transposed, those add
 // up lane by lane.
-template <class Stored, int kRows>
+template <class Stored, class Lanes, int kRows>
 void multiply_rows_tile(BlockRows<const float> q, RowTable<Stored> k, BlockRows<float> out,
                         int64_t keys, int64_t columns) {
   constexpr int kKeys = kLanes / kRows;
@@ -56,7 +57,8 @@ void multiply_rows_tile(BlockRows<const float> q, RowTable<Stored> k, BlockRows<
         k.fetch(j + t, d);
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) {
-          sums[i * kKeys + t] = fma(element[i], right, sums[i * kKeys + t]);
+          Vec& sum = sums[i * kKeys + t];
+          sum = Lanes::multiply_add(element[i], right, sum);
         }
       }
     }
@@ -76,15 +78,15 @@ void multiply_rows_tile(BlockRows<const float> q, RowTable<Stored> k, BlockRows<
 }
 
 // The same for `rows` of them, at most kDotRows, so many at a time as divide a register.
-template <class Stored>
+template <class Stored, class Lanes = Floats>
 void multiply_rows(BlockRows<const float> q, RowTable<Stored> k, BlockRows<float> out, int64_t rows,
                    int64_t keys, int64_t columns) {
-  if (rows == 4) return multiply_rows_tile<Stored, 4>(q, k, out, keys, columns);
-  if (rows >= 2) multiply_rows_tile<Stored, 2>(q, k, out, keys, columns);
+  if (rows == 4) return multiply_rows_tile<Stored, Lanes, 4>(q, k, out, keys, columns);
+  if (rows >= 2) multiply_rows_tile<Stored, Lanes, 2>(q, k, out, keys, columns);
   if (rows % 2 == 0) return;
   if (rows == 3) k.next = k.rows;
-  multiply_rows_tile<Stored, 1>({q.row(rows - 1), q.stride}, k, {out.row(rows - 1), out.stride},
-                                keys, columns);
+  multiply_rows_tile<Stored, Lanes, 1>({q.row(rows - 1), q.stride}, k,
+                                       {out.row(rows - 1), out.stride}, keys, columns);
 }
 
 // c[i, j] += Σ_{l < k} a(i, l) · b[l, j]

@@ -19,6 +19,12 @@ int64_t scratch_size(const AttentionProblem& problem) {
   return Tile::lay_out(problem, nullptr, tile);
 }
 
+// Of tasks of more than a few rows; of those, the products q·k if whole registers hold them.
+constexpr Kind kPairsIfAny = kHasPairs ? Kind::kPairs : Kind::kFloats;
+bool takes_pairs(const AttentionProblem& problem) {
+  return kHasPairs && problem.dtype == DType::kBFloat16;
+}
+
 // Rows of a task that share keys.
 int32_t rows_of_kv_head(const AttentionProblem& problem, const AttentionTask& task) {
   return (task.m1 - task.m0) * static_cast<int32_t>(std::min<int64_t>(task.heads, problem.group()));
@@ -46,6 +52,8 @@ class Forward {
       if (task.cache != nullptr) tile_.stored = task.cache->type;
       tile_.stored_dtype = problem.dtype;
       with_stored(tile_.stored, problem.dtype, [&](auto type) { stored_scale_ = type.kScale; });
+      tile_.key_pairs = takes_pairs(problem) && tile_.stored == CacheType::kQuery &&
+                        problem.head_dim % (2 * kBlockPad) == 0;
     }
   }
 
@@ -250,12 +258,6 @@ class Forward {
   float stored_scale_ = 1.0f;
   Tile tile_;
 };
-
-// Of tasks of more than a few rows.
-constexpr Kind kPairsIfAny = kHasPairs ? Kind::kPairs : Kind::kFloats;
-bool takes_pairs(const AttentionProblem& problem) {
-  return kHasPairs && problem.dtype == DType::kBFloat16;
-}
 
 int64_t packed_size(const AttentionProblem& problem) {
   return takes_pairs(problem) ? Tile::packed_size<kPairsIfAny>(problem)

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/attention_block.h"
+#include "cpu/attention_stored.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 namespace {
@@ -22,6 +23,14 @@ struct Pairs {
   }
 };
 
+// For attention_dots.h: pairs of columns as they lie.
+struct StoredPairs {
+  using Element = uint32_t;
+  static PUMICE_VECTOR Vec load(const uint32_t* x) {
+    return _mm512_castsi512_ps(_mm512_loadu_si512(x));
+  }
+};
+
 // A row of floats, `count` of them a multiple of 2 · kLanes, becomes a row of pairs in its place.
 inline void pair_row(float* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
@@ -34,6 +43,7 @@ inline void pair_row(float* row, int64_t count) {
 
 constexpr bool kHasPairs = false;
 using Pairs = Floats;
+using StoredPairs = StoredFloat32;
 inline void pair_row(float* /*row*/, int64_t /*count*/) {}
 
 #endif

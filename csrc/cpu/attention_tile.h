@@ -80,6 +80,7 @@ struct Tile {
   float* nothing;  // [max(D, D_v)], 0: what is not seen
   CacheType stored = CacheType::kQuery;
   DType stored_dtype = DType::kFloat32;
+  bool key_pairs = false;  // of a few rows too, q·k of bfloat16 as pairs
 
   // With no memory, only the size in floats is of interest.
   static int64_t lay_out(const AttentionProblem& problem, float* memory, Tile& tile) {
@@ -126,7 +127,7 @@ struct Tile {
   // Queries m0, … of one head, from `row` on.
   template <Kind kKind>
   void load_queries(const HeadRows& x, int32_t m0, int32_t count, int32_t row) {
-    if constexpr (kKind == Kind::kPairs) {
+    if (kKind == Kind::kPairs || key_pairs) {
       query.stride = padded_columns(pairs_of(x.columns));
       load_pairs(x.data, x.at(m0), x.stride, count, x.columns, {query.row(row), query.stride});
     } else {
@@ -192,6 +193,11 @@ struct Tile {
     if constexpr (kKind == Kind::kRows) {
       const BlockRows<const float> q{query.row(row), query.stride};
       const int keys = std::min(right, count) - left;
+      if (key_pairs) {
+        const RowTable<StoredPairs> k{key_rows + left, next_keys + left};
+        multiply_rows<StoredPairs, Pairs>(q, k, products, rows, keys, query.stride);
+        return;
+      }
       with_stored(stored, stored_dtype, [&](auto type) {
         const RowTable<decltype(type)> k{key_rows + left, next_keys + left};
         multiply_rows(q, k, products, rows, keys, query.stride);
