@@ -18,6 +18,8 @@ set(PUMICE_CUDA_SOURCES
   csrc/cuda/sparse/sparse24_gemm_int8.cu
   csrc/cuda/sparse/sparse24_gemm_int4_fp16.cu
   csrc/cuda/sparse/sparse24_gemm_int4_bf16.cu
+  csrc/cuda/sparse/sparse24_fp32.cu
+  csrc/cuda/sparse/sparse24_dense.cu
   csrc/cuda/sparse/ops_sparse24.cu
   csrc/cuda/attention/flash_forward_fp16.cu
   csrc/cuda/attention/flash_forward_bf16.cu

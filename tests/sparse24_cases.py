@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,15 +37,6 @@ def canonical(w: Tensor) -> tuple[Tensor, Tensor]:
     nibbles[:, : k // 4] = (places[..., 0] | places[..., 1] << 2).numpy()
     meta = torch.from_numpy(nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
     return four.gather(-1, places).reshape(n, k // 2), meta
-
-
-def needs_dtype(backend: Backend, dtype: torch.dtype) -> None:
-    if backend.name != "cpu" and dtype == torch.float32:
-        pytest.skip("float32 has kernels on the CPU only")
-
-
-def floats(backend: Backend) -> tuple[torch.dtype, ...]:
-    return FLOATS if backend.name == "cpu" else FLOATS[1:]
 
 
 @dataclass(frozen=True)
@@ -130,7 +120,7 @@ def sparse_cases(backend: Backend) -> st.SearchStrategy[SparseCase]:
         m=st.one_of(st.just(0), size(9), size(m)),
         n=size(n),
         quads=size(k // 4),
-        dtype=st.sampled_from(floats(backend)),
+        dtype=st.sampled_from(FLOATS),
         bias_dtype=st.sampled_from((None, *FLOATS)),
         crowd=st.sampled_from((0.5, 0.95, 1.0)),
         group_size=st.sampled_from((-1, 32, 64, 96, 128, 256)),

@@ -24,6 +24,8 @@ EXPECTED = {
         "LDSM.16.M88.4",
         "STG.E.128",
     ],
+    "sparse24_fp32": ["FFMA", "LDG.E.128", "LDG.E.64", "SHFL.BFLY"],
+    "sparse24_bias": ["STG.E.U16"],
     "flash_forward": [
         "HMMA.16816.F32",
         "HMMA.16816.F32.BF16",

@@ -43,13 +43,13 @@ size_t shared_bytes(Int4TileName tile, bool is_fp32) {
 
 void check_plan(const Device& device, int64_t m, int64_t n, int64_t k, bool is_fp32, bool general) {
   const Int4Plan plan = plan_int4(m, n, k, is_fp32, general, device.sm_count, device.shared_memory);
-  const int64_t tiles = int4_tile_count(plan, m, n);
-  const int64_t slices = int4_blocks_along(k, plan.slice_k);
+  const int64_t tiles = tile_count(plan, m, n);
+  const int64_t slices = blocks_along(k, plan.slice_k);
   expect(shared_bytes(plan.tile, is_fp32) <= device.shared_memory, "the plan fits", m, n, k);
   expect(plan.parts >= 1 && plan.parts <= slices, "every part has a slice", m, n, k);
   expect(plan.parts == 1 || tiles * plan.parts <= device.sm_count, "parts run at once", m, n, k);
-  expect(int4_ticket_count(plan, m, n) == (plan.parts == 1 ? 0 : tiles), "tickets", m, n, k);
-  expect(int4_partial_bytes(plan, m, n) ==
+  expect(ticket_count(plan, m, n) == (plan.parts == 1 ? 0 : tiles), "tickets", m, n, k);
+  expect(partial_sum_bytes(plan, m, n) ==
              (plan.parts == 1 ? 0 : tiles * plan.parts * plan.rows * plan.tokens * 4),
          "room for every part's sums", m, n, k);
   if (is_fp32 || general) {
@@ -62,7 +62,7 @@ void check_plan(const Device& device, int64_t m, int64_t n, int64_t k, bool is_f
 void check_parts(int64_t n, int64_t columns) {
   const int64_t limit = int64_t{256} << 20;
   const int64_t rows = int4_rows_at_once(n, columns, limit);
-  const int64_t parts = int4_blocks_along(n, static_cast<int>(rows));
+  const int64_t parts = blocks_along(n, static_cast<int>(rows));
   expect(rows >= 1 && rows <= n, "a part has rows", 0, n, columns);
   expect(rows == n || rows % 256 == 0, "parts are whole tiles", 0, n, columns);
   expect(2 * rows * columns <= limit || rows <= 256, "parts are bounded", 0, n, columns);

@@ -37,15 +37,15 @@ void check_plan(const Device& device, int64_t m, int64_t n, int64_t k, bool alig
       plan_sparse24<kKind>(m, n, k, aligned, device.sm_count, device.shared_memory);
   const Sparse24TileRow* row = row_of<kKind>(plan.tile);
   if (row == nullptr) return expect(false, "the tile is in the table", m, n, k);
-  const int64_t tiles = sparse24_tile_count(plan, m, n);
-  const int64_t slices = sparse24_blocks_along(k, plan.slice_k);
+  const int64_t tiles = tile_count(plan, m, n);
+  const int64_t slices = blocks_along(k, plan.slice_k);
   expect(row->shared_bytes <= device.shared_memory, "the plan fits", m, n, k);
   expect(plan.rows == row->rows && plan.tokens == row->tokens && plan.slice_k == row->slice_k,
          "the plan has its tile's sizes", m, n, k);
   expect(plan.parts >= 1 && plan.parts <= slices, "every part has a slice", m, n, k);
   expect(plan.parts == 1 || tiles * plan.parts <= device.sm_count, "parts run at once", m, n, k);
-  expect(sparse24_ticket_count(plan, m, n) == (plan.parts == 1 ? 0 : tiles), "tickets", m, n, k);
-  expect(sparse24_partial_bytes(plan, m, n) ==
+  expect(ticket_count(plan, m, n) == (plan.parts == 1 ? 0 : tiles), "tickets", m, n, k);
+  expect(partial_sum_bytes(plan, m, n) ==
              (plan.parts == 1 ? 0 : tiles * plan.parts * plan.rows * plan.tokens * 4),
          "room for every part's sums", m, n, k);
   if (!aligned) {
@@ -71,8 +71,63 @@ void check_plans() {
   }
 }
 
+// Chunks of 16 bytes that 8 lanes write or read at once.
+template <class Place>
+void expect_other_banks(const char* what, Place place) {
+  bool taken[8] = {};
+  for (int lane = 0; lane < 8; ++lane) {
+    bool& bank = taken[place(lane) % 8];
+    expect(!bank, what, lane, 0, 0);
+    bank = true;
+  }
+}
+
+// [chunk][row]: lanes write neighbouring chunks, and read neighbouring rows.
+template <int kChunks, int kRows>
+void check_chunks_of_rows() {
+  constexpr int kChunkRows = sparse24_rows_of_chunk(kRows, kChunks);
+  const auto place = [](int chunk, int row) { return chunk * kChunkRows + row; };
+  expect(kChunkRows >= kRows, "chunks do not overlap", kChunks, kRows, 0);
+  for (int first = 0; first < kChunks * kRows; first += 8) {
+    expect_other_banks("writing without bank conflicts", [&](int lane) {
+      return place((first + lane) % kChunks, (first + lane) / kChunks);
+    });
+    expect_other_banks("reading without bank conflicts",
+                       [&](int lane) { return place(first / kRows, first % kRows + lane); });
+  }
+}
+
+// [row][chunk] (sparse24_chunk_place).
+template <int kChunks>
+void check_rows_of_chunks() {
+  static_assert(kChunks % 8 == 0);
+  for (int i = 0; i < 64 * kChunks; i += 8) {
+    expect_other_banks("writing without bank conflicts", [&](int lane) {
+      return i / kChunks * kChunks + sparse24_chunk_place(i / kChunks, i % kChunks + lane);
+    });
+  }
+  for (int i = 0; i < 8 * kChunks; ++i) {
+    expect_other_banks("reading without bank conflicts", [&](int lane) {
+      const int row = i / kChunks * 8 + lane;
+      return row * kChunks + sparse24_chunk_place(row, i % kChunks);
+    });
+  }
+}
+
+template <class Tile>
+void check_banks() {
+  check_chunks_of_rows<Tile::kMetaChunks, Tile::kRows>();
+  check_rows_of_chunks<Tile::kTokenRowBytes / 16>();
+  if constexpr (Tile::kKind == Sparse24Kind::kInt4) {
+    check_chunks_of_rows<Tile::kValueChunks, Tile::kRows>();
+  } else {
+    check_rows_of_chunks<Tile::kValueChunks>();
+  }
+}
+
 template <class Tile>
 void check_resident() {
+  check_banks<Tile>();
   expect(Tile::kBlocksPerSm * (Tile::kSharedBytes + 1024) <= kH200.shared_memory + 1024,
          "blocks on an SM", Tile::kTokens, Tile::kRows, Tile::kSliceK);
 }
@@ -116,5 +171,9 @@ int main() {
          "a test of the largest tile", 140, 300, 208);
   expect(on_h200<k16Bit>(128, 8192, 8192).tile == Sparse24TileName::k128,
          "smaller ones where they fill the device better", 128, 8192, 8192);
+  expect(sparse24_dense_from(pumice::DType::kFloat32, 90) == 64, "fp32 is written out", 64, 0, 0);
+  for (const auto dtype : {pumice::DType::kFloat16, pumice::DType::kBFloat16}) {
+    expect(sparse24_dense_from(dtype, 90) == kSparse24NeverDense, "16 bit is not", 1 << 20, 0, 0);
+  }
   return failures == 0 ? 0 : 1;
 }

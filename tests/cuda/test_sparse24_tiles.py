@@ -29,6 +29,13 @@ FLOATING = {
     "256 rows": (140, 300, 208, HALF),
     "256 rows, nine tiles along M": (1040, 140, 48, BRAIN),
     "less than a step": (2, 3, 4, HALF),
+    "fp32, 1 token, rows shared by 8 warps": (1, 7, 1060, SINGLE),
+    "fp32, 2 tokens, rows shared by 2 warps": (2, 130, 260, SINGLE),
+    "fp32, 4 tokens, no rows shared": (3, 270, 132, SINGLE),
+    "fp32, tokens in two tiles": (11, 9, 516, SINGLE),
+    "fp32, one group": (5, 1, 4, SINGLE),
+    "fp32, written out dense": (64, 40, 68, SINGLE),
+    "fp32, written out dense in three parts": (64, 700, 132, SINGLE),
 }
 INT8 = {
     "8 tokens": (3, 70, 1056, SINGLE),
@@ -56,6 +63,8 @@ INT4 = {
     "written out: fractional zeros": (9, 40, 208, HALF, 64, 4, "float"),
     "written out: 3 bits": (3, 40, 208, HALF, 64, 3, "integer"),
     "written out: many tokens": (520, 20, 64, BRAIN, 64, 4, "integer"),
+    "written out: fp32": (3, 40, 208, SINGLE, 64, 4, "integer"),
+    "written out in two parts: fp32": (3, 600, 512, SINGLE, -1, 2, None),
     "written out in three parts": (3, 600, 1024, HALF, 32, 4, "integer"),
     "written out in two parts, rows of any address": (2, 301, 1036, BRAIN, 64, 3, "float"),
 }
@@ -213,13 +222,29 @@ def test_not_finite(backend: Backend, dtype: torch.dtype, shape: tuple[int, int,
     assert (y[1][places[:, k - 1]] == float("inf")).all()
 
 
+def test_not_finite_in_fp32(backend: Backend) -> None:
+    """What was pruned may be multiplied as zero; other tokens are unharmed."""
+    on_cuda(backend)
+    torch.manual_seed(0)
+    w = torch.randn(30, 132).abs() * kept_places(30, 132)
+    values, meta = compress(backend, w)
+    x = torch.randn(9, 132)
+    expected = backend.ops.sparse24_linear(x.to(backend.device), values, meta, None).cpu()
+    x[1, 131], x[8, 0] = float("inf"), float("nan")
+    y = backend.ops.sparse24_linear(x.to(backend.device), values, meta, None).cpu()
+    assert not y[1][w[:, 131] != 0].isfinite().any()
+    assert not y[8][w[:, 0] != 0].isfinite().any()
+    others = [0, *range(2, 8)]
+    assert torch.equal(y[others], expected[others])
+
+
 def at_odd_address(tensor: Tensor) -> Tensor:
     """The same elements, beginning one element after an aligned address."""
     room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return room[1:].view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.parametrize("dtype", [HALF, torch.int8])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, torch.int8])
 def test_tensors_at_any_address(backend: Backend, dtype: torch.dtype) -> None:
     on_cuda(backend)
     torch.manual_seed(0)
@@ -233,7 +258,7 @@ def test_tensors_at_any_address(backend: Backend, dtype: torch.dtype) -> None:
         backend.ops.sparse24_gather(at_odd_address(w).to(backend.device), tensors[2]), values
     )
     expected = x.cpu().double() @ w.double().T
-    if dtype == HALF:
+    if dtype != torch.int8:
         y = backend.ops.sparse24_linear(*tensors, None)
     else:
         one = torch.ones(1, device=backend.device)
@@ -262,9 +287,57 @@ def test_compression_keeps_the_first_nonzeros(backend: Backend, dtype: torch.dty
         assert torch.equal(values[mask].cpu(), w[mask, columns])
 
 
-def test_float32_is_refused(backend: Backend) -> None:
+DENSE_FROM = "PUMICE_SPARSE24_DENSE_FROM"
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("bias_dtype", [None, SINGLE, BRAIN])
+def test_written_out_dense(
+    backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """From a number of tokens on: here in three parts of the rows, and the last one smaller."""
+    on_cuda(backend)
+    torch.manual_seed(0)
+    n, k = 700, 260
+    w = (torch.randn(n, k) * kept_places(n, k)).to(dtype)
+    x = torch.randn(5, k).to(dtype).to(backend.device)
+    bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype).to(backend.device)
+    values, meta = compress(backend, w)
+    weights = values, meta, bias
+    monkeypatch.setenv(DENSE_FROM, "5")
+    dense = backend.ops.sparse24_linear(x, *weights)
+    few = backend.ops.sparse24_linear(x[:4], *weights)
+    monkeypatch.setenv(DENSE_FROM, "6")
+    sparse = backend.ops.sparse24_linear(x, *weights)
+    added = torch.zeros(n) if bias is None else bias.cpu().float()
+    assert_product(dense, x.cpu(), w.double(), added, 1)  # the sum is rounded before the bias
+    assert torch.equal(few, sparse[:4])  # by the kernel
+    product = x.cpu() @ w.T
+    expected = product if bias is None else (product.float() + added).to(dtype)
+    assert torch.equal(dense.cpu(), expected) or backend.name == "cuda"
+
+
+def test_int4_written_out_dense(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of writing out, one after the other, in parts."""
+    on_cuda(backend)
+    monkeypatch.setenv(DENSE_FROM, "1")
+    for dtype in (SINGLE, HALF):
+        case = (3, 600, 1024, dtype, 32, 4, "integer")
+        arguments, places, w = int4_tensors(case)
+        y = run_int4(backend, case, arguments, places)
+        assert_product(y, arguments["x"], w, arguments["bias"], 3)
+
+
+@pytest.mark.parametrize("value", ["", "many", "5 tokens", "-1"])
+def test_a_number_that_is_none(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     on_cuda(backend)
     values, meta = compress(backend, torch.zeros(8, 16))
     x = torch.zeros(1, 16, device=backend.device)
-    with pytest.raises(RuntimeError, match="float32 has kernels on the CPU only"):
+    monkeypatch.setenv(DENSE_FROM, value)
+    with pytest.raises(RuntimeError, match=f"{DENSE_FROM} must be a number of tokens, not {value}"):
         backend.ops.sparse24_linear(x, values, meta, None)

@@ -137,17 +137,6 @@ def test_zero_points_in_range() -> None:
         pumice.ops.sparse24_int4_linear(**arguments)
 
 
-def test_no_float32_kernels_but_on_the_cpu(backend: Backend) -> None:
-    if backend.name == "cpu":
-        pytest.skip("the CPU has them")
-    for name in ("sparse24_linear", "sparse24_int4_linear"):
-        arguments = ARGUMENTS[name][0]
-        given = {k: v.to(backend.device) if isinstance(v, Tensor) else v
-                 for k, v in arguments.items()}  # fmt: skip
-        with pytest.raises(RuntimeError, match=f"{name}.*float32 has kernels on the CPU only"):
-            getattr(pumice.ops, name)(**given)
-
-
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("sparse24_compress", (W[:, :38],), {}, "K must be a multiple of 4"),
     ("sparse24_compress", (W.double(),), {}, "must be float32, float16, bfloat16 or int8"),

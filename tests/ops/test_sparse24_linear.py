@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,11 @@ from torch import Tensor
 import pumice
 import reference
 from backends import Backend, backend_named
-from cases import surrounded
+from cases import FLOATS, surrounded
 from pumice import _C
 from sparse24_cases import (
     SparseCase,
     dense_linear,
-    floats,
-    needs_dtype,
     packed_weight,
     run_floating,
     run_integers,
@@ -105,7 +104,6 @@ def test_packed(backend: Backend) -> None:
     ],
 )
 def test_larger(backend: Backend, case: SparseCase) -> None:
-    needs_dtype(backend, case.dtype)
     if backend.name == "emulated":
         case = replace(case, m=min(case.m, 70), n=min(case.n, 40), quads=min(case.quads, 100))
     check_floating(backend, case)
@@ -119,7 +117,7 @@ def test_larger(backend: Backend, case: SparseCase) -> None:
 @pytest.mark.parametrize("m", [1, 4, 5, 64])
 def test_no_less_exact_than_torch(backend: Backend, m: int) -> None:
     """At most twice the error of the same product, dense, in the same dtype."""
-    for dtype in floats(backend):
+    for dtype in FLOATS:
         tensors = SparseCase(m=m, n=128, quads=64, dtype=dtype).floating()
         exact, _ = dense_linear(tensors["x"], reference.as_float64(tensors["w"]), None)
         plain = torch.nn.functional.linear(tensors["x"], tensors["w"])
@@ -180,8 +178,11 @@ def test_strides(backend: Backend, m: int) -> None:
 
 @pytest.mark.parametrize("before", [1, 16])
 def test_reads_nothing_beyond(backend: Backend, before: int) -> None:
-    for m, n, quads in ((1, 5, 17), (3, 19, 33), (34, 17, 9)):
-        case = SparseCase(m=m, n=n, quads=quads, zeros="float", bias_dtype=torch.bfloat16)
+    shapes = ((1, 5, 17), (3, 19, 33), (34, 17, 9))
+    for (m, n, quads), dtype in product(shapes, (torch.bfloat16, torch.float32)):
+        case = SparseCase(
+            m=m, n=n, quads=quads, dtype=dtype, zeros="float", bias_dtype=torch.bfloat16
+        )
         t = case.packed()
         qvalues = pumice.ops.int4_pack(t.pop("q").to(backend.device))
         given = {k: v.to(backend.device) for k, v in {**t, "qvalues": qvalues}.items()}
@@ -208,7 +209,7 @@ def by_rows(backend: Backend, run: Any, tensors: dict[str, Any], names: tuple[st
 def test_few_rows_do_not_see_each_other() -> None:
     """On the CPU: to the bit what each gives alone."""
     backend = backend_named("cpu")
-    for dtype in floats(backend):
+    for dtype in FLOATS:
         case = SparseCase(m=4, n=37, quads=83, dtype=dtype, zeros="integer")
         floating = case.floating()
         together = run_floating(backend, floating)

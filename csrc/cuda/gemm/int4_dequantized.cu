@@ -5,10 +5,7 @@
 //   V = [ W          | outlier_weight    | lora_b    | bias | 0 ]
 //
 // all in the dtype of x, W and x·lora_aᵀ included; the zeros fill rows up to 16 bytes. Where there
-// is but x and W, x is taken as it lies. The product is aten's: mm.out, which autocast leaves alone
-// and which writes a part of the columns of y in place. Its sums are in fp32, unless torch may
-// reduce the parts of a split K in 16 bits
-// (torch.backends.cuda.matmul.allow_*_reduced_precision_reduction).
+// is but x and W, x is taken as it lies. The product is torch's (aten_product.h).
 //
 // All is ordered by the stream, nothing waits for the device. Weights are written out in parts of
 // bounded size, one after the other in the same memory.
@@ -16,6 +13,7 @@
 
 #include <algorithm>
 
+#include "cuda/gemm/aten_product.h"
 #include "cuda/gemm/int4_gemm.h"
 #include "cuda/quantize/int4_weight.h"
 
@@ -23,22 +21,6 @@ namespace pumice::cuda {
 namespace {
 
 using torch::stable::new_empty;
-using torch::stable::transpose;
-
-// By value, for torch's wants a variable.
-Tensor slice(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
-  return torch::stable::narrow(tensor, dim, start, length);
-}
-
-// out = a · bᵀ
-void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
-                                    torch::stable::detail::from(transpose(b, 0, 1)),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // what is left on the stack has an owner
-}
 
 // Places in the longer rows.
 struct Columns {

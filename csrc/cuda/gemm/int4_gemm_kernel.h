@@ -39,16 +39,10 @@ class Int4Warp {
   static constexpr bool kSplit = Tile::kPlanes == 2;
 
   __device__ Int4Warp(const Int4Product& product, const Int4Grid& grid, int n0)
-      : product_(product), grid_(grid) {
-    constexpr int kWarpsOfTile = Tile::kWarpsRows * Tile::kWarpsTokens;
-    warp_k_ = warp_index() / kWarpsOfTile;
-    row_ = warp_index() % kWarpsOfTile / Tile::kWarpsTokens * Tile::kWarpRows;
-    token_ = warp_index() % Tile::kWarpsTokens * Tile::kWarpTokens;
-    n_ = n0 + row_;
-  }
+      : product_(product), grid_(grid), n_(n0 + place_.row) {}
 
   __device__ __forceinline__ void multiply(const unsigned char* stage, int slice) {
-    const int k0 = slice * Tile::kSliceK + warp_k_ * kInt4WarpK;
+    const int k0 = slice * Tile::kSliceK + place_.warp_k * kInt4WarpK;
     if (k0 >= product_.weight.k) return;
     if constexpr (kGeneral) {
 #pragma unroll 1
@@ -63,29 +57,16 @@ class Int4Warp {
     }
   }
 
-  // The sums to shared memory, [warp of K][token][row].
   __device__ __forceinline__ void store_sums(float* sums) const {
-    const int group = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int row = row_ + r * 16 + c / 2 * 8 + group;
-          const int token = token_ + j * 8 + 2 * t + c % 2;
-          sums[(warp_k_ * Tile::kTokens + token) * Tile::kSumStride + row] = sum_[r][j][c];
-        }
-      }
-    }
+    store_warp_sums<Tile>(sums, sums_.all, place_);
   }
 
  private:
   __device__ __forceinline__ void load_tokens(const unsigned char* stage, int chunk, int j,
                                               int plane, uint32_t (&b)[2][2]) const {
     const int group = lane_index() / 4, t = lane_index() % 4;
-    const int token = token_ + j * 8 + group;
-    const int place = token_chunk_place(group, warp_k_ * (kInt4WarpK / 8) + chunk * 4 + t);
+    const int token = place_.token + j * 8 + group;
+    const int place = token_chunk_place(group, place_.warp_k * (kInt4WarpK / 8) + chunk * 4 + t);
     token_operands(
         *reinterpret_cast<const uint4*>(stage + Tile::kTokenOffset + plane * Tile::kPlaneBytes +
                                         token * Tile::kTokenRowBytes + place * 16),
@@ -97,12 +78,13 @@ class Int4Warp {
     static_assert(kRowTiles == 2);
     const int lane = lane_index();
     uint32_t words[2 * kRowTiles];
-    const int c = warp_k_ * (kInt4WarpK / kInt4ChunkK) + chunk;
-    ptx::ldmatrix_x4(words, stage + (row_ + lane) * Tile::kWeightRowBytes +
+    const int c = place_.warp_k * (kInt4WarpK / kInt4ChunkK) + chunk;
+    ptx::ldmatrix_x4(words, stage + (place_.row + lane) * Tile::kWeightRowBytes +
                                 weight_chunk_place<Tile>(lane % 8, c) * 16);
     const int first_term =
-        (warp_k_ * grid_.terms_per_warp + (grid_.terms_per_warp == 1 ? 0 : chunk)) * Tile::kRows +
-        row_ + lane / 4;
+        (place_.warp_k * grid_.terms_per_warp + (grid_.terms_per_warp == 1 ? 0 : chunk)) *
+            Tile::kRows +
+        place_.row + lane / 4;
     uint32_t a[kRowTiles][2][4];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -119,27 +101,12 @@ class Int4Warp {
 #pragma unroll
         for (int mma = 0; mma < 2; ++mma) {
 #pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) mma_16bit<T>(group_sum_[r][j], a[r][mma], b[mma]);
+          for (int r = 0; r < kRowTiles; ++r) mma_16bit<T>(sums_.group[r][j], a[r][mma], b[mma]);
         }
       }
     }
     if (grid_.terms_per_warp != 1 || chunk == kInt4WarpK / kInt4ChunkK - 1) {
-      add_scaled(reinterpret_cast<const float*>(stage + Tile::kScaleOffset) + first_term);
-    }
-  }
-
-  __device__ __forceinline__ void add_scaled(const float* scales) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const float scale[2] = {scales[r * 16], scales[r * 16 + 8]};
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          sum_[r][j][c] += group_sum_[r][j][c] * scale[c / 2];
-          group_sum_[r][j][c] = 0.0f;
-        }
-      }
+      sums_.add_scaled(reinterpret_cast<const float*>(stage + Tile::kScaleOffset) + first_term);
     }
   }
 
@@ -175,9 +142,9 @@ class Int4Warp {
         for (int mma = 0; mma < 2; ++mma) {
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
-            mma_16bit<T>(sum_[r][j], a[r][mma], b[mma]);
+            mma_16bit<T>(sums_.all[r][j], a[r][mma], b[mma]);
             // high·high + high·low + low·high
-            if (kSplit && plane == 0) mma_16bit<T>(sum_[r][j], low[r][mma], b[mma]);
+            if (kSplit && plane == 0) mma_16bit<T>(sums_.all[r][j], low[r][mma], b[mma]);
           }
         }
       }
@@ -186,9 +153,9 @@ class Int4Warp {
 
   const Int4Product& product_;
   const Int4Grid& grid_;
-  int warp_k_, row_, token_, n_;
-  float sum_[kRowTiles][kTokenTiles][4] = {};
-  float group_sum_[kRowTiles][kTokenTiles][4] = {};
+  WarpPlace<Tile> place_;
+  int n_;
+  GroupSums<Tile> sums_;
 };
 
 // The dense terms, bias and cast of one output.
@@ -271,12 +238,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kGeneral ? 1 : Tile::kBlocksPe
     partial[static_cast<int64_t>(part) * kOutputs + i] = total_of(i);
   }
   auto* ticket = reinterpret_cast<uint32_t*>(stages + Tile::kTicketOffset);
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) *ticket = atomicAdd(product.tickets + tile, 1u);
-  __syncthreads();
-  if (*ticket != static_cast<uint32_t>(grid.parts - 1)) return;
-  __threadfence();
+  if (!takes_last_ticket(product.tickets + tile, grid.parts, ticket)) return;
   for (int i = thread; i < kOutputs; i += Tile::kThreads) {
     float total = 0.0f;
     for (int p = 0; p < grid.parts; ++p) total += partial[static_cast<int64_t>(p) * kOutputs + i];
@@ -286,15 +248,15 @@ __global__ void __launch_bounds__(Tile::kThreads, kGeneral ? 1 : Tile::kBlocksPe
 
 template <class T, class Tile, bool kGeneral>
 void launch_int4_gemm(const Int4Product& product, const Int4Plan& plan, cudaStream_t stream) {
-  const int64_t tiles = int4_tile_count(plan, product.m, product.weight.n);
+  const int64_t tiles = tile_count(plan, product.m, product.weight.n);
   STD_TORCH_CHECK(tiles * plan.parts <= INT32_MAX, "pumice::int4_linear: a product of ", product.m,
                   " x ", product.weight.n, " outputs is too large for one launch");
   const IntnWeight& weight = product.weight;
   Int4Grid grid;
-  grid.tiles_m = static_cast<int>(int4_blocks_along(product.m, Tile::kTokens));
-  grid.tiles_n = static_cast<int>(int4_blocks_along(weight.n, Tile::kRows));
+  grid.tiles_m = static_cast<int>(blocks_along(product.m, Tile::kTokens));
+  grid.tiles_n = static_cast<int>(blocks_along(weight.n, Tile::kRows));
   grid.parts = plan.parts;
-  grid.slices = static_cast<int>(int4_blocks_along(weight.k, Tile::kSliceK));
+  grid.slices = static_cast<int>(blocks_along(weight.k, Tile::kSliceK));
   grid.m = static_cast<int>(product.m);
   grid.n = static_cast<int>(weight.n);
   grid.words = static_cast<int>(intn_words(weight.k, 4));

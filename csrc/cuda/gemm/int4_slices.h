@@ -9,6 +9,7 @@
 
 #include "cuda/gemm/int4_fragment.h"
 #include "cuda/gemm/int4_gemm.h"
+#include "cuda/gemm/weight_tile.h"
 #include "cuda/ptx/cp_async.h"
 
 namespace pumice::cuda {
@@ -24,22 +25,12 @@ __device__ __forceinline__ int weight_chunk_place(int row, int c) {
 __device__ __forceinline__ int token_chunk_place(int token, int c) { return c ^ (token & 1) << 2; }
 
 // Numbers of a launch, worked out on the host: what a kernel's argument holds takes no register.
-struct Int4Grid {
-  int tiles_m, tiles_n, parts, slices;
+struct Int4Grid : TileOrder {
+  int parts, slices;
   int m, n, words, token_stride;
   int groups, group_size;
   int terms_per_warp;  // scales of a row for 128 values of K: 1 or 4
   bool weights_aligned;
-
-  // Tiles in bands of 8 along M, so that the blocks that run at the same time need the fewest
-  // different rows of x and weights, which then come from L2.
-  static constexpr int kBand = 8;
-  __device__ __forceinline__ void locate(int tile, int& tile_m, int& tile_n) const {
-    const int first_m = tile / (kBand * tiles_n) * kBand;
-    const int band = min(tiles_m - first_m, kBand);
-    tile_m = first_m + tile % (kBand * tiles_n) % band;
-    tile_n = tile % (kBand * tiles_n) / band;
-  }
 };
 
 template <class Tile, bool kGeneral>
@@ -70,16 +61,7 @@ class Int4SliceLoader {
   __device__ __forceinline__ void finish(int stage) {
     if constexpr (kGeneral) return;
     if (!pending_) return;
-    unsigned char* target = stages_ + stage * Tile::kStageBytes;
-    auto* scales = reinterpret_cast<float*>(target + Tile::kScaleOffset);
-    unsigned char* zeros = target + Tile::kZeroOffset;
-#pragma unroll
-    for (int i = 0; i < kTermsOfThread; ++i) {
-      const int term = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
-      if (term >= Tile::kRows * Tile::kWarpsK * grid_.terms_per_warp) break;
-      scales[term] = scales_[i];
-      zeros[term] = zeros_[i];
-    }
+    terms_.store(stages_ + stage * Tile::kStageBytes, terms_of_slice());
   }
 
  private:
@@ -87,7 +69,6 @@ class Int4SliceLoader {
   static constexpr int kTokenChunks = Tile::kTokenRowBytes / 16;
   static constexpr int kWeightRowStep = Tile::kThreads / kWeightChunks;
   static constexpr int kTokenStep = Tile::kThreads / kTokenChunks;
-  static constexpr int kTermsOfThread = (Tile::kTerms + Tile::kThreads - 1) / Tile::kThreads;
   // A thread's rows all have their chunks at the same place.
   static_assert(kWeightRowStep % 8 == 0 && Tile::kRows % kWeightRowStep == 0);
   static_assert(kTokenStep % 2 == 0 && Tile::kTokens % kTokenStep == 0);
@@ -135,22 +116,26 @@ class Int4SliceLoader {
     }
   }
 
+  __device__ __forceinline__ int terms_of_slice() const {
+    return Tile::kRows * Tile::kWarpsK * grid_.terms_per_warp;
+  }
+
   // Term [k part][row]: 8 rows that a warp reads at once are neighbours.
   __device__ __forceinline__ void load_terms(int slice) {
     const IntnWeight& weight = product_.weight;
     const int values = kInt4WarpK / grid_.terms_per_warp;
 #pragma unroll
-    for (int i = 0; i < kTermsOfThread; ++i) {
+    for (int i = 0; i < PendingTerms<Tile>::kCount; ++i) {
       const int term = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
-      if (term >= Tile::kRows * Tile::kWarpsK * grid_.terms_per_warp) break;
+      if (term >= terms_of_slice()) break;
       const int64_t n = min(n0_ + term % Tile::kRows, grid_.n - 1);
       const int k = slice * Tile::kSliceK + term / Tile::kRows * values;
       const uint32_t group = static_cast<uint32_t>(k) / static_cast<uint32_t>(grid_.group_size);
       const int64_t at = n * grid_.groups + min(group, static_cast<uint32_t>(grid_.groups - 1));
-      scales_[i] = element_or_zero({weight.scales, weight.scale_dtype}, at);
-      zeros_[i] = weight.zero_kind == ZeroKind::kInteger
-                      ? static_cast<const uint8_t*>(weight.zeros)[at]
-                      : uint8_t{IntnLayout<4>::kMiddle};
+      terms_.scales[i] = element_or_zero({weight.scales, weight.scale_dtype}, at);
+      terms_.zeros[i] = weight.zero_kind == ZeroKind::kInteger
+                            ? static_cast<const uint8_t*>(weight.zeros)[at]
+                            : uint8_t{IntnLayout<4>::kMiddle};
     }
   }
 
@@ -159,8 +144,7 @@ class Int4SliceLoader {
   unsigned char* stages_;
   int m0_, n0_;
   bool pending_ = false;
-  float scales_[kTermsOfThread];
-  uint8_t zeros_[kTermsOfThread];
+  PendingTerms<Tile> terms_;
 };
 
 }  // namespace pumice::cuda

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/gemm/tile_plan.h"
+
 namespace pumice::cuda {
 
 constexpr int kInt4WarpK = 128;  // values of K of a warp and slice
@@ -79,21 +81,13 @@ using Int4SplitTileCompact = Int4Tile<128, 64, 4, 2, 1, 3, 1, 2>;
 
 enum class Int4TileName { kNarrow, k8, k16, k32, k64, k128, kCompact };
 
-struct Int4Plan {
+struct Int4Plan : TilePlan {
   Int4TileName tile;
-  int rows, tokens, slice_k;
-  int parts;  // of K, each of a block of its own
 };
-
-constexpr int64_t int4_blocks_along(int64_t size, int block) { return (size + block - 1) / block; }
-
-constexpr int64_t int4_tile_count(const Int4Plan& plan, int64_t m, int64_t n) {
-  return int4_blocks_along(m, plan.tokens) * int4_blocks_along(n, plan.rows);
-}
 
 template <class Tile>
 constexpr Int4Plan int4_plan_of(Int4TileName name) {
-  return {name, Tile::kRows, Tile::kTokens, Tile::kSliceK, 1};
+  return {{Tile::kRows, Tile::kTokens, Tile::kSliceK, 1}, name};
 }
 
 // The tile for m tokens; k8 and kCompact (k8 for fp32) fit every GPU from sm_80 on. fp32 x and the
@@ -103,7 +97,7 @@ constexpr Int4Plan choose_int4_tile(int64_t m, int64_t n, bool is_fp32, bool gen
   constexpr Int4Plan k8 = int4_plan_of<Int4Tile8>(Int4TileName::k8);
   constexpr Int4Plan kCompact = int4_plan_of<Int4TileCompact>(Int4TileName::kCompact);
   if (m <= 8) {
-    const bool narrow = !is_fp32 && !general && int4_tile_count(k8, m, n) <= sm_count &&
+    const bool narrow = !is_fp32 && !general && tile_count(k8, m, n) <= sm_count &&
                         Int4TileNarrow::kSharedBytes <= shared_memory_limit;
     return narrow ? int4_plan_of<Int4TileNarrow>(Int4TileName::kNarrow) : k8;
   }
@@ -115,17 +109,11 @@ constexpr Int4Plan choose_int4_tile(int64_t m, int64_t n, bool is_fp32, bool gen
   return int4_plan_of<Int4Tile128>(Int4TileName::k128);
 }
 
-// Splits K where there are tiles for less than three quarters of the SMs, as long as every part has
-// 4 slices: the exchange of the sums and the zeroing of tickets cost some 3 µs.
+// The tile, and the parts of K.
 constexpr Int4Plan plan_int4(int64_t m, int64_t n, int64_t k, bool is_fp32, bool general,
                              int sm_count, size_t shared_memory_limit) {
-  constexpr int64_t kMaxParts = 16, kMinSlices = 4;
   Int4Plan plan = choose_int4_tile(m, n, is_fp32, general, sm_count, shared_memory_limit);
-  const int64_t tiles = int4_tile_count(plan, m, n);
-  if (4 * tiles >= 3 * sm_count) return plan;
-  const int64_t slices = int4_blocks_along(k, plan.slice_k);
-  const int64_t parts = std::min({kMaxParts, sm_count / tiles, slices / kMinSlices});
-  plan.parts = static_cast<int>(std::max<int64_t>(parts, 1));
+  plan.parts = parts_of_k(plan, m, n, k, sm_count);
   return plan;
 }
 
@@ -152,18 +140,9 @@ constexpr bool int4_dequantizes(int64_t m, bool is_fp32) {
 constexpr int64_t int4_rows_at_once(int64_t n, int64_t columns, int64_t limit) {
   constexpr int64_t kMultiple = 256;
   const int64_t most = std::max(limit / (2 * columns) / kMultiple, int64_t{1}) * kMultiple;
-  const int64_t parts = int4_blocks_along(n, static_cast<int>(most));
+  const int64_t parts = blocks_along(n, static_cast<int>(most));
   const int64_t rows = (n + parts - 1) / parts;
   return parts == 1 ? n : (rows + kMultiple - 1) / kMultiple * kMultiple;
-}
-
-// What the parts of all tiles take in global memory: their sums, and a ticket for each tile.
-constexpr int64_t int4_partial_bytes(const Int4Plan& plan, int64_t m, int64_t n) {
-  if (plan.parts == 1) return 0;
-  return int4_tile_count(plan, m, n) * plan.parts * plan.rows * plan.tokens * 4;
-}
-constexpr int64_t int4_ticket_count(const Int4Plan& plan, int64_t m, int64_t n) {
-  return plan.parts == 1 ? 0 : int4_tile_count(plan, m, n);
 }
 
 }  // namespace pumice::cuda

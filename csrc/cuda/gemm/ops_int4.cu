@@ -114,13 +114,13 @@ Tensor int4_linear(Tensor x, Tensor qweight, Tensor scales, std::optional<Tensor
   const int64_t stride = rewrites ? (k + 7) / 8 * 8 : k;
   const Int4Plan plan = plan_int4(m, n, k, is_fp32, int4_is_general(weight), device.sm_count,
                                   device.shared_memory_limit);
-  const int64_t tickets = int4_ticket_count(plan, m, n);
+  const int64_t tickets = ticket_count(plan, m, n);
 
   Workspace workspace;
   const size_t high = workspace.reserve(rewrites ? m * stride * 2 : 0);
   const size_t low = workspace.reserve(is_fp32 ? m * stride * 2 : 0);
   const size_t low_rank = workspace.reserve(m * args.lora_a.rows * 4);
-  const size_t partial_sums = workspace.reserve(int4_partial_bytes(plan, m, n));
+  const size_t partial_sums = workspace.reserve(partial_sum_bytes(plan, m, n));
   const size_t ticket_words = workspace.reserve(tickets * 4);
   workspace.allocate(x);
 

@@ -17,4 +17,13 @@ __device__ __forceinline__ void store_16(void* global, const uint4& v) {
 #endif
 }
 
+// The same of 8 bytes.
+__device__ __forceinline__ void store_8(void* global, const uint2& v) {
+#ifdef PUMICE_EMULATED
+  *static_cast<uint2*>(global) = v;
+#else
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};\n" ::"l"(global), "r"(v.x), "r"(v.y) : "memory");
+#endif
+}
+
 }  // namespace pumice::ptx

@@ -14,7 +14,7 @@ namespace pumice::cuda {
 struct Sparse24Product {
   const void* values;  // [n, k/2], or packed int4: kept.qweight
   const uint8_t* meta;
-  const void* x;  // [m, k]: fp16, bf16, or int8
+  const void* x;  // [m, k]: fp32, fp16, bf16, or int8
   VectorView bias;
   void* y;  // [m, y_stride], of which columns 0 .. n - 1 are written
   DType y_dtype;
@@ -74,5 +74,7 @@ void sparse24_gemm_int4_fp16(const Sparse24Product& product, const Sparse24Plan&
                              cudaStream_t stream);
 void sparse24_gemm_int4_bf16(const Sparse24Product& product, const Sparse24Plan& plan, bool aligned,
                              cudaStream_t stream);
+// fp32 values and x: x on a boundary of 16 bytes, values on one of 8.
+void sparse24_gemm_fp32(const Sparse24Product& product, int sm_count, cudaStream_t stream);
 
 }  // namespace pumice::cuda

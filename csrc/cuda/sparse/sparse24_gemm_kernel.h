@@ -148,12 +148,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                              bits_as<uint32_t>(total[v + 2]), bits_as<uint32_t>(total[v + 3])});
     }
   }
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) tail.ticket = atomicAdd(product.tickets + tile, 1u);
-  __syncthreads();
-  if (tail.ticket != static_cast<uint32_t>(grid.parts - 1)) return;
-  __threadfence();
+  if (!takes_last_ticket(product.tickets + tile, grid.parts, &tail.ticket)) return;
   for (int i = thread; i < kEights; i += Tile::kThreads) {
     Sum total[kSparse24Neighbours] = {};
     for (int p = 0; p < grid.parts; ++p) {
@@ -167,10 +162,10 @@ template <class Warp, class Tile, bool kAligned>
 void launch_sparse24_gemm(const Sparse24Product& product, const Sparse24Plan& plan,
                           cudaStream_t stream) {
   Sparse24Grid grid{};
-  grid.tiles_m = static_cast<int>(sparse24_blocks_along(product.m, Tile::kTokens));
-  grid.tiles_n = static_cast<int>(sparse24_blocks_along(product.n, Tile::kRows));
+  grid.tiles_m = static_cast<int>(blocks_along(product.m, Tile::kTokens));
+  grid.tiles_n = static_cast<int>(blocks_along(product.n, Tile::kRows));
   grid.parts = plan.parts;
-  grid.slices = static_cast<int>(sparse24_blocks_along(product.k, Tile::kSliceK));
+  grid.slices = static_cast<int>(blocks_along(product.k, Tile::kSliceK));
   const int64_t blocks = static_cast<int64_t>(grid.tiles_m) * grid.tiles_n * grid.parts;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "pumice: a 2:4 product of ", product.m, " × ", product.n,
                   " outputs is too large for one launch");
@@ -183,7 +178,7 @@ void launch_sparse24_gemm(const Sparse24Product& product, const Sparse24Plan& pl
   if constexpr (Tile::kKind == Sparse24Kind::kInt4) {
     const IntnWeight& kept = product.kept;
     constexpr int kChunks = Tile::kWarpK / kSparse24ChunkK;
-    const int64_t chunks = sparse24_blocks_along(product.k, kSparse24ChunkK);
+    const int64_t chunks = blocks_along(product.k, kSparse24ChunkK);
     grid.groups = static_cast<int>(kept.groups);
     grid.group_chunks =
         static_cast<int>(kept.groups == 1 ? chunks : kept.group_size / (kSparse24ChunkK / 2));

@@ -80,7 +80,7 @@ class Sparse24Int4Warp {
   }
 
   __device__ __forceinline__ void store_sums(Sum* sums) const {
-    store_sparse24_sums<Tile>(sums, sum_, place_);
+    store_warp_sums<Tile>(sums, sums_.all, place_);
   }
 
  private:
@@ -114,12 +114,12 @@ class Sparse24Int4Warp {
           load_sparse24_tokens(b, stage, place_, 8 * j, step);
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
-            mma_sp_16bit<T>(group_sum_[r][j], a[r], b, e[r], step);
+            mma_sp_16bit<T>(sums_.group[r][j], a[r], b, e[r], step);
           }
         }
       }
       if (grid_.terms_shift != 0 || chunk == kChunks - 1) {
-        add_scaled(reinterpret_cast<const float*>(stage + Tile::kScaleOffset) + term);
+        sums_.add_scaled(reinterpret_cast<const float*>(stage + Tile::kScaleOffset) + term);
       }
     }
   }
@@ -132,33 +132,17 @@ class Sparse24Int4Warp {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = place_.row + r * 16 + half * 8 + lane_index() / 4;
-      const auto words =
-          *reinterpret_cast<const uint2*>(stage + (chunk * Tile::kRows + row) * 16 + step % 2 * 8);
+      const auto words = *reinterpret_cast<const uint2*>(
+          stage + (chunk * Tile::kValueChunkRows + row) * 16 + step % 2 * 8);
       a[half] = sparse24_centred_pair(words.x, select, zeros[half], T{});
       a[half + 2] = sparse24_centred_pair(words.y, select, zeros[half], T{});
     }
   }
 
-  __device__ __forceinline__ void add_scaled(const float* scales) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const float scale[2] = {scales[r * 16], scales[r * 16 + 8]};
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          sum_[r][j][c] += group_sum_[r][j][c] * scale[c / 2];
-          group_sum_[r][j][c] = 0.0f;
-        }
-      }
-    }
-  }
-
   const Sparse24Product& product_;
   const Sparse24Grid& grid_;
-  Sparse24Place<Tile> place_;
-  float sum_[kRowTiles][kTokenTiles][4] = {};
-  float group_sum_[kRowTiles][kTokenTiles][4] = {};
+  WarpPlace<Tile> place_;
+  GroupSums<Tile> sums_;
 };
 
 }  // namespace pumice::cuda

@@ -8,22 +8,10 @@
 
 namespace pumice::cuda {
 
-// A warp's place in the tile.
-template <class Tile>
-struct Sparse24Place {
-  int warp_k, row, token;
-  __device__ __forceinline__ Sparse24Place() {
-    constexpr int kWarpsOfTile = Tile::kWarpsRows * Tile::kWarpsTokens;
-    warp_k = warp_index() / kWarpsOfTile;
-    row = warp_index() % kWarpsOfTile / Tile::kWarpsTokens * Tile::kWarpRows;
-    token = warp_index() % Tile::kWarpsTokens * Tile::kWarpTokens;
-  }
-};
-
 // The B operand of 8 tokens from `token` on: four matrices of 8 tokens × 16 bytes side by side.
 template <class Tile>
 __device__ __forceinline__ void load_sparse24_tokens(uint32_t (&b)[4], const unsigned char* stage,
-                                                     const Sparse24Place<Tile>& place, int token,
+                                                     const WarpPlace<Tile>& place, int token,
                                                      int step) {
   const int lane = lane_index();
   const int chunk = place.warp_k * (kSparse24TokenBytes / 16) + 4 * step + lane / 8;
@@ -39,15 +27,15 @@ __device__ __forceinline__ void load_sparse24_tokens(uint32_t (&b)[4], const uns
 template <class Tile>
 __device__ __forceinline__ void load_sparse24_metadata_16bit(uint32_t (&e)[2],
                                                              const unsigned char* stage,
-                                                             const Sparse24Place<Tile>& place,
+                                                             const WarpPlace<Tile>& place,
                                                              int row_tile) {
   constexpr uint32_t kLowHalves = 0x5410, kHighHalves = 0x7632;
   const int group = lane_index() / 4, t = lane_index() % 4;
-  const unsigned char* rows = stage + Tile::kMetaOffset +
-                              (place.warp_k * Tile::kRows + place.row + row_tile * 16) * 16 +
-                              t / 2 * 8;
-  const auto first = *reinterpret_cast<const uint2*>(rows + group * 16);
-  const auto second = *reinterpret_cast<const uint2*>(rows + (group + 8) * 16);
+  const unsigned char* rows =
+      stage + Tile::kMetaOffset +
+      (place.warp_k * Tile::kMetaChunkRows + place.row + row_tile * 16 + group) * 16 + t / 2 * 8;
+  const auto first = *reinterpret_cast<const uint2*>(rows);
+  const auto second = *reinterpret_cast<const uint2*>(rows + 8 * 16);
   const uint32_t halves = t % 2 == 0 ? kLowHalves : kHighHalves;
   e[0] = __byte_perm(first.x, second.x, halves);
   e[1] = __byte_perm(first.y, second.y, halves);
@@ -81,8 +69,8 @@ struct Sparse24Values16 {
 
   template <class Tile>
   static __device__ __forceinline__ void load_metadata(uint32_t (&e)[2], const unsigned char* stage,
-                                                       const Sparse24Place<Tile>& place,
-                                                       int row_tile, int /*step*/) {
+                                                       const WarpPlace<Tile>& place, int row_tile,
+                                                       int /*step*/) {
     load_sparse24_metadata_16bit(e, stage, place, row_tile);
   }
   static __device__ __forceinline__ void multiply(Sum (&d)[4], const uint32_t (&a)[4],
@@ -102,13 +90,14 @@ struct Sparse24ValuesInt8 {
   // Of one step, into register step mod 2.
   template <class Tile>
   static __device__ __forceinline__ void load_metadata(uint32_t (&e)[2], const unsigned char* stage,
-                                                       const Sparse24Place<Tile>& place,
-                                                       int row_tile, int step) {
+                                                       const WarpPlace<Tile>& place, int row_tile,
+                                                       int step) {
     const int group = lane_index() / 4, t = lane_index() % 4;
     const int row = place.row + row_tile * 16 + t % 2 * 8 + group;
     const int chunk = 2 * place.warp_k + step / 2;
-    e[step % 2] = *reinterpret_cast<const uint32_t*>(
-        stage + Tile::kMetaOffset + (chunk * Tile::kRows + row) * 16 + (step % 2 * 2 + t / 2) * 4);
+    e[step % 2] = *reinterpret_cast<const uint32_t*>(stage + Tile::kMetaOffset +
+                                                     (chunk * Tile::kMetaChunkRows + row) * 16 +
+                                                     (step % 2 * 2 + t / 2) * 4);
   }
   static __device__ __forceinline__ void multiply(Sum (&d)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[4], const uint32_t (&e)[2],
@@ -116,25 +105,5 @@ struct Sparse24ValuesInt8 {
     ptx::mma_sp_m16n8k64_s8(d, a, b, e[step % 2]);
   }
 };
-
-// The sums of a warp to shared memory, [warp of K][token][row].
-template <class Tile, class Sum>
-__device__ __forceinline__ void store_sparse24_sums(
-    Sum* sums, const Sum (&sum)[Tile::kRowTiles][Tile::kTokenTiles][4],
-    const Sparse24Place<Tile>& place) {
-  const int group = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-  for (int r = 0; r < Tile::kRowTiles; ++r) {
-#pragma unroll
-    for (int j = 0; j < Tile::kTokenTiles; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int row = place.row + r * 16 + c / 2 * 8 + group;
-        const int token = place.token + j * 8 + 2 * t + c % 2;
-        sums[(place.warp_k * Tile::kTokens + token) * Tile::kSumStride + row] = sum[r][j][c];
-      }
-    }
-  }
-}
 
 }  // namespace pumice::cuda

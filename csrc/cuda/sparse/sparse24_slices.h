@@ -1,9 +1,10 @@
 // How slices of the operands of the 2:4 products get into shared memory.
 //
 // A stage of the ring holds, for one slice of K:
-//   values    16 and 8 bit: [row][16-byte chunk], swizzled for ldmatrix; int4: [chunk][row]
+//   values    16 and 8 bit: [row][16-byte chunk], for ldmatrix; int4: [chunk][row]
 //   metadata  [chunk][row], so that the rows that a warp reads at once are neighbours
-//   x         [token][chunk], swizzled
+//   x         [token][chunk]
+// all without bank conflicts (sparse24_tiles.h).
 // The canonical layout of the metadata is read as it lies: a row's words are 32 columns each, which
 // is what a lane of mma.sp gives (int8) or half of what two lanes give (16 bit).
 //
@@ -16,18 +17,15 @@
 
 #include "cuda/element.h"
 #include "cuda/gemm/unaligned.h"
+#include "cuda/gemm/weight_tile.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/sparse/sparse24_gemm.h"
 
 namespace pumice::cuda {
 
-// Where chunk c of a row lies in its row: the 8 rows of an ldmatrix, at one chunk, are in 8
-// different groups of 4 banks.
-__device__ __forceinline__ int sparse24_chunk_place(int row, int c) { return c ^ (row & 7); }
-
 // Numbers of a launch, worked out on the host: what a kernel's argument holds takes no register.
-struct Sparse24Grid {
-  int tiles_m, tiles_n, parts, slices;
+struct Sparse24Grid : TileOrder {
+  int parts, slices;
   int m, n;
   int value_bytes, meta_bytes, token_bytes;  // of a row
   bool meta_aligned;                         // to 16 bytes
@@ -43,21 +41,11 @@ struct Sparse24Grid {
                ? chunk
                : static_cast<int>(__umulhi(static_cast<uint32_t>(chunk), group_reciprocal));
   }
-
-  // Tiles in bands of 8 along M, so that the blocks that run at the same time need the fewest
-  // different rows of x and weights, which then come from L2.
-  static constexpr int kBand = 8;
-  __device__ __forceinline__ void locate(int tile, int& tile_m, int& tile_n) const {
-    const int first_m = tile / (kBand * tiles_n) * kBand;
-    const int band = min(tiles_m - first_m, kBand);
-    tile_m = first_m + tile % (kBand * tiles_n) % band;
-    tile_n = tile % (kBand * tiles_n) / band;
-  }
 };
 
 // A thread's part of copying slices of kRows rows, kRowBytes of each, in chunks of 16 bytes:
-// [row][chunk], swizzled, or [chunk][row].
-template <int kRows, int kRowBytes, int kThreads, bool kSwizzled>
+// [row][chunk], or [chunk][row].
+template <int kRows, int kRowBytes, int kThreads, bool kRowMajor>
 class Sparse24Rows {
  public:
   __device__ __forceinline__ Sparse24Rows(const unsigned char* matrix, int row_bytes, int first_row,
@@ -97,8 +85,8 @@ class Sparse24Rows {
   static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kChunks; }
   static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
   static __device__ __forceinline__ int place(int row) {
-    if constexpr (kSwizzled) return row * kRowBytes + sparse24_chunk_place(row, chunk()) * 16;
-    return (chunk() * kRows + row) * 16;
+    if constexpr (kRowMajor) return row * kRowBytes + sparse24_chunk_place(row, chunk()) * 16;
+    return (chunk() * sparse24_rows_of_chunk(kRows, kChunks) + row) * 16;
   }
 
   const unsigned char* source_;
@@ -155,28 +143,16 @@ class Sparse24SliceLoader {
   // Stores the scales that start() loaded.
   __device__ __forceinline__ void finish(int stage) {
     if constexpr (kInt4) {
-      if (!pending_) return;
-      unsigned char* target = stages_ + stage * Tile::kStageBytes;
-      auto* scales = reinterpret_cast<float*>(target + Tile::kScaleOffset);
-      unsigned char* zeros = target + Tile::kZeroOffset;
-#pragma unroll
-      for (int i = 0; i < kTermsOfThread; ++i) {
-        const int term = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
-        if (term >= grid_.terms_of_slice) break;
-        scales[term] = scales_[i];
-        zeros[term] = zeros_[i];
-      }
+      if (pending_) terms_.store(stages_ + stage * Tile::kStageBytes, grid_.terms_of_slice);
     }
   }
 
  private:
   static constexpr bool kInt4 = Tile::kKind == Sparse24Kind::kInt4;
-  static constexpr int kMetaChunks = Tile::kMetaRowBytes / 16;
+  static constexpr int kMetaChunks = Tile::kMetaChunks;
   static constexpr int kMetaCopies =
       (Tile::kRows * kMetaChunks + Tile::kThreads - 1) / Tile::kThreads;
   static constexpr int kChunksOfSlice = Tile::kSliceK / kSparse24ChunkK;
-  static constexpr int kTermsOfThread =
-      kInt4 ? (Tile::kTerms + Tile::kThreads - 1) / Tile::kThreads : 1;
   static_assert(Tile::kThreads % kMetaChunks == 0);
   static_assert(!kInt4 || Tile::kThreads % Tile::kRows == 0);
 
@@ -191,7 +167,7 @@ class Sparse24SliceLoader {
     for (int i = 0; i < kMetaCopies; ++i) {
       const int row = thread / kMetaChunks + i * (Tile::kThreads / kMetaChunks);
       if (Tile::kRows * kMetaChunks % Tile::kThreads != 0 && row >= Tile::kRows) break;
-      unsigned char* to = target + (thread % kMetaChunks * Tile::kRows + row) * 16;
+      unsigned char* to = target + (thread % kMetaChunks * Tile::kMetaChunkRows + row) * 16;
       if (grid_.meta_aligned) {
         ptx::cp_async_16(to, meta_rows_[i] + min(meta_at_, grid_.meta_bytes - 16), true);
       } else {
@@ -225,13 +201,13 @@ class Sparse24SliceLoader {
     const IntnWeight& kept = product_.kept;
     const bool has_zeros = kept.zero_kind == ZeroKind::kInteger;
 #pragma unroll
-    for (int i = 0; i < kTermsOfThread; ++i) {
+    for (int i = 0; i < PendingTerms<Tile>::kCount; ++i) {
       const int term = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
       if (term >= grid_.terms_of_slice) break;
       const int chunk = chunk_ + i * (Tile::kThreads / Tile::kRows) * chunks_of_term(grid_);
       const int64_t at = first_term_ + min(grid_.group_of(chunk), grid_.groups - 1);
-      scales_[i] = to_float(static_cast<const Scale*>(kept.scales)[at]);
-      zeros_[i] =
+      terms_.scales[i] = to_float(static_cast<const Scale*>(kept.scales)[at]);
+      terms_.zeros[i] =
           has_zeros ? static_cast<const uint8_t*>(kept.zeros)[at] : uint8_t{IntnLayout<4>::kMiddle};
     }
   }
@@ -247,8 +223,7 @@ class Sparse24SliceLoader {
   bool pending_ = false;
   int64_t first_term_ = 0;  // of the thread's row
   int chunk_ = 0;           // of kSparse24ChunkK columns, of the thread's first term
-  float scales_[kTermsOfThread];
-  uint8_t zeros_[kTermsOfThread];
+  PendingTerms<Tile> terms_;
 };
 
 }  // namespace pumice::cuda

@@ -8,6 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "common/host_device.h"
+#include "cuda/gemm/tile_plan.h"
+
 namespace pumice::cuda {
 
 // What a warp takes of an operand in a slice of K: four mma.sp.
@@ -36,6 +40,17 @@ struct Sparse24Format<Sparse24Kind::kInt4> {  // multiplied in 16 bit
   static constexpr int kValueBytes = 32;
   static constexpr int kMetaBytes = 16;
 };
+
+// A stage of shared memory takes what lies 16 bytes (a chunk) after another in global memory, 8
+// lanes at once, and gives 8 rows at once: each 8 must be in 8 different groups of 4 banks.
+//
+// [row][chunk], of rows of a multiple of 8 chunks: where chunk c lies in its row.
+PUMICE_HOST_DEVICE int sparse24_chunk_place(int row, int c) { return c ^ (row & 7); }
+// [chunk][row]: rows of how many there is room for in each chunk. Neighbouring lanes write the 2, 4
+// or 8 chunks of a row, which therefore begin 4, 2 or 1 groups of banks apart.
+PUMICE_HOST_DEVICE constexpr int sparse24_rows_of_chunk(int rows, int chunks) {
+  return rows + 8 / chunks;
+}
 
 // Columns that share a scale of int4 weights are a multiple of this, or all: two mma.sp.
 constexpr int kSparse24ChunkK = 64;
@@ -68,10 +83,15 @@ struct Sparse24Tile {
   static constexpr int kValueRowBytes = kWarpsK * Format::kValueBytes;
   static constexpr int kMetaRowBytes = kWarpsK * Format::kMetaBytes;
   static constexpr int kTokenRowBytes = kWarpsK * kSparse24TokenBytes;
+  static constexpr int kValueChunks = kValueRowBytes / 16;  // of 16 bytes
+  static constexpr int kMetaChunks = kMetaRowBytes / 16;
   static constexpr int kTerms =
       kKind == Sparse24Kind::kInt4 ? kRows * kSliceK / kSparse24ChunkK : 0;
-  static constexpr int kMetaOffset = kRows * kValueRowBytes;
-  static constexpr int kTokenOffset = kMetaOffset + kRows * kMetaRowBytes;
+  static constexpr int kValueChunkRows = sparse24_rows_of_chunk(kRows, kValueChunks);  // int4
+  static constexpr int kMetaChunkRows = sparse24_rows_of_chunk(kRows, kMetaChunks);
+  static constexpr int kMetaOffset =
+      kKind == Sparse24Kind::kInt4 ? kValueChunks * kValueChunkRows * 16 : kRows * kValueRowBytes;
+  static constexpr int kTokenOffset = kMetaOffset + kMetaChunks * kMetaChunkRows * 16;
   static constexpr int kScaleOffset = kTokenOffset + kTokens * kTokenRowBytes;
   static constexpr int kZeroOffset = kScaleOffset + 4 * kTerms;
   static constexpr int kStageBytes = kZeroOffset + kTerms;
@@ -86,10 +106,31 @@ struct Sparse24Tile {
   static_assert(kWarpRows % 16 == 0 && kWarpTokens % 8 == 0 && kStages >= 2);
 };
 
-// Values of 16 and of 8 bits. Up to 64 tokens the time is that of reading the weights, 18.6 bytes a
-// clock and SM of an H200; with two row tiles a warp, fragments and copies take 40 % (8 tokens) to
-// 95 % (64 tokens) of what shared memory gives in that time. Two warps along K make a slice of 256
-// bytes of each row.
+// What a tile's slice of K takes on an SM of an H200, in clocks, counted in the machine code for
+// sm_90a: arriving from memory at 20.7 bytes a clock (4.8 TB/s; an H100 has 14.5); its
+// instructions, four a clock; shared memory at 128 bytes a clock, copies in and fragments out;
+// mma.sp, at the full rate one a clock. Up to 64 tokens what is allowed is a part of the bandwidth
+// (H200, H100), beyond of the tensor cores' rate.
+//
+//            memory  issue  shared  mma.sp  allowed
+//   16 bit  k8  890    145     400      32  100 %, 100 %
+//          k32  890    217     688     128  100 %, 100 %
+//          k64  890    253     944     256   94 %, 100 %
+//         k128         494    1552     512   33 %
+//         k256         690    2208    1024   46 %
+//   int8    k8  989    175     448      32  100 %, 100 %
+//          k32  989    247     736     128  100 %, 100 %
+//          k64  989    280     992     256  100 %, 100 %
+//         k128         478    1696     512   30 %
+//         k256         880    2368    1024   43 %
+//   int4    k8  594    660     608      64   90 %, 100 %  (fp16; bf16 82 %, 100 %)
+//          k16  594    750     800     128   74 %, 100 %
+//          k32  594    906    1184     256   50 %, 72 %
+//          k64  297    706    1008     256   29 %, 42 %
+//         k128         998    1648     512   31 %
+//
+// Values of 16 and of 8 bits: two row tiles a warp, for the fragments of x to be read half as
+// often; two warps along K make a slice of 256 bytes of each row.
 //
 // 90 KB. Weights under way on an SM: 2 blocks · 3 stages · 18 KB; Little's law asks for 26 KB.
 template <Sparse24Kind kKind>
@@ -99,9 +140,8 @@ using Sparse24Tile32 = Sparse24Tile<kKind, 64, 32, 2, 1, 2, 3, 2>;  // 104 KB
 // 70 KB, for every GPU from sm_80 on. Two blocks, 37 KB of weights under way.
 template <Sparse24Kind kKind>
 using Sparse24Tile64 = Sparse24Tile<kKind, 128, 64, 4, 1, 1, 2, 2>;
-// For large M the tensor cores are the limit. A token's fragment is twice as large as a row's:
-// warps of 64 rows × 64 tokens take 48 clocks of shared memory for 32 mma.sp, 64 × 32 take 64. At
-// twice the rate that mma.sync reaches on a Hopper, 62 % of its tensor cores', 32 mma.sp take 52.
+// For large M shared memory is the limit. A token's fragment is twice as large as a row's: warps of
+// 64 rows × 64 tokens take 48 clocks of it for 32 mma.sp, 64 × 32 take 64, and the copies 17 more.
 //
 // 154 KB, which an A100 has, too.
 template <Sparse24Kind kKind>
@@ -140,7 +180,7 @@ constexpr auto kSparse24Tiles =
     std::array{describe_sparse24<Sparse24Tile8<kKind>>(Sparse24TileName::k8, 8, 0.1),
                describe_sparse24<Sparse24Tile32<kKind>>(Sparse24TileName::k32, 32, 0.3),
                describe_sparse24<Sparse24Tile64<kKind>>(Sparse24TileName::k64, 64, 0.6),
-               describe_sparse24<Sparse24Tile128<kKind>>(Sparse24TileName::k128, kAnyTokens, 0.8),
+               describe_sparse24<Sparse24Tile128<kKind>>(Sparse24TileName::k128, kAnyTokens, 0.72),
                describe_sparse24<Sparse24Tile256<kKind>>(Sparse24TileName::k256, kAnyTokens, 1.0)};
 template <>
 constexpr auto kSparse24Tiles<Sparse24Kind::kInt4> =
@@ -150,27 +190,17 @@ constexpr auto kSparse24Tiles<Sparse24Kind::kInt4> =
                describe_sparse24<Sparse24Int4Tile64>(Sparse24TileName::k64, 64, 0.6),
                describe_sparse24<Sparse24Int4Tile128>(Sparse24TileName::k128, kAnyTokens, 1.0)};
 
-struct Sparse24Plan {
+struct Sparse24Plan : TilePlan {
   Sparse24TileName tile;
-  int rows, tokens, slice_k;
-  int parts;  // of K, each of a block of its own
 };
 
-constexpr int64_t sparse24_blocks_along(int64_t size, int block) {
-  return (size + block - 1) / block;
-}
-
-constexpr int64_t sparse24_tile_count(const Sparse24Plan& plan, int64_t m, int64_t n) {
-  return sparse24_blocks_along(m, plan.tokens) * sparse24_blocks_along(n, plan.rows);
-}
-
 constexpr Sparse24Plan sparse24_plan_of(const Sparse24TileRow& row) {
-  return {row.name, row.rows, row.tokens, row.slice_k, 1};
+  return {{row.rows, row.tokens, row.slice_k, 1}, row.name};
 }
 
 // Rounds of blocks, as they take turns on the SMs, times what one takes.
 constexpr double sparse24_cost(const Sparse24TileRow& row, int64_t m, int64_t n, int sm_count) {
-  const int64_t tiles = sparse24_tile_count(sparse24_plan_of(row), m, n);
+  const int64_t tiles = tile_count(sparse24_plan_of(row), m, n);
   const auto rounds = static_cast<double>((tiles + sm_count - 1) / sm_count);
   return rounds * row.rows * row.tokens / row.rate;
 }
@@ -202,28 +232,13 @@ constexpr Sparse24Plan choose_sparse24_tile(int64_t m, int64_t n, bool aligned, 
   return best ? sparse24_plan_of(*best) : named(Sparse24TileName::k64);
 }
 
-// Splits K where there are tiles for less than three quarters of the SMs, as long as every part has
-// 4 slices: the exchange of the sums and the zeroing of tickets cost some 3 µs.
+// The tile, and the parts of K.
 template <Sparse24Kind kKind>
 constexpr Sparse24Plan plan_sparse24(int64_t m, int64_t n, int64_t k, bool aligned, int sm_count,
                                      size_t shared_memory_limit) {
-  constexpr int64_t kMaxParts = 16, kMinSlices = 4;
   Sparse24Plan plan = choose_sparse24_tile<kKind>(m, n, aligned, sm_count, shared_memory_limit);
-  const int64_t tiles = sparse24_tile_count(plan, m, n);
-  if (4 * tiles >= 3 * sm_count) return plan;
-  const int64_t slices = sparse24_blocks_along(k, plan.slice_k);
-  const int64_t parts = std::min({kMaxParts, sm_count / tiles, slices / kMinSlices});
-  plan.parts = static_cast<int>(std::max<int64_t>(parts, 1));
+  plan.parts = parts_of_k(plan, m, n, k, sm_count);
   return plan;
-}
-
-// What the parts of all tiles take in global memory: their sums, and a ticket for each tile.
-constexpr int64_t sparse24_partial_bytes(const Sparse24Plan& plan, int64_t m, int64_t n) {
-  if (plan.parts == 1) return 0;
-  return sparse24_tile_count(plan, m, n) * plan.parts * plan.rows * plan.tokens * 4;
-}
-constexpr int64_t sparse24_ticket_count(const Sparse24Plan& plan, int64_t m, int64_t n) {
-  return plan.parts == 1 ? 0 : sparse24_tile_count(plan, m, n);
 }
 
 // From this many tokens on the kept int4 weights are written out in 16 bits for the call and
@@ -231,5 +246,22 @@ constexpr int64_t sparse24_ticket_count(const Sparse24Plan& plan, int64_t m, int
 // 512 tokens is a quarter of the product's time, where widening in the kernel takes half of its
 // issue slots. A projection until a GPU has measured it.
 constexpr int64_t kSparse24DequantizeFrom = 512;
+
+// From this many tokens on the weight is written out dense for the call and multiplied by torch's
+// own product (sparse24_dense.cu).
+//
+// fp32: decompression moves 6.1 bytes for each place of W, some 140 µs for 8192 × 8192 on an H200.
+// There a dense product takes 2.5 µs for each token at 80 % of 67 TFLOPS, and sparse24_fp32 5.1:
+// equal at 54 tokens. A projection, rounded up to a power of two.
+//
+// fp16, bf16: never, until a GPU has measured it. For 8192 × 8192 the decompression, 23 bytes for 8
+// places, takes 54 µs, and each token 0.19 µs at the 700 TFLOPS of cuBLAS; sparse24_gemm takes 0.16
+// at the 830 expected of it, but 0.38 at the 350 that others measured with mma.sp
+// (sparse24_gemm_fp16.cu): then this number should be 300. PUMICE_SPARSE24_DENSE_FROM sets it for a
+// process, for that measurement.
+constexpr int64_t kSparse24NeverDense = INT64_MAX;
+constexpr int64_t sparse24_dense_from(DType dtype, int /*compute_capability*/) {
+  return dtype == DType::kFloat32 ? 64 : kSparse24NeverDense;
+}
 
 }  // namespace pumice::cuda

@@ -64,7 +64,7 @@ class Sparse24Warp {
   }
 
   __device__ __forceinline__ void store_sums(Sum* sums) const {
-    store_sparse24_sums<Tile>(sums, sum_, place_);
+    store_warp_sums<Tile>(sums, sum_, place_);
   }
 
  private:
@@ -99,7 +99,7 @@ class Sparse24Warp {
     for (int j = 0; j < kTokenTiles; ++j) load_sparse24_tokens(b[j], stage, place_, 8 * j, 0);
   }
 
-  Sparse24Place<Tile> place_;
+  WarpPlace<Tile> place_;
   Sum sum_[kRowTiles][kTokenTiles][4] = {};
 };
 

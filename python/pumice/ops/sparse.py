@@ -121,16 +121,17 @@ def sparse24_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None
 
     summed in fp32, rounded once to the dtype of x. With few rows only the kept weights and their
     places are read, 1/2 + 1/16 of the bytes of a 16-bit matrix; with more the weight is multiplied
-    by the sparse tensor cores (CUDA), or chunks of it are written out in caches (CPU), where then a
-    row's bits may depend on how many rows there are. A NaN or an infinity in x reaches every output
-    whose weight keeps its column, and it may reach others of its row, as 0 · NaN; other rows are
-    unharmed.
+    by the sparse tensor cores (CUDA; in fp32 by the ordinary ones, from 64 rows on by torch's
+    product with the weight written out), or chunks of it are written out in caches (CPU), where a
+    row's bits may then depend on how many rows there are. A NaN or an infinity in x reaches every
+    output whose weight keeps its column, and it may reach others of its row, as 0 · NaN; other rows
+    are unharmed.
 
     Differentiable in x (dx = dy · W, W written out for the while), in ``values`` (the product
     dyᵀ · x at the kept places: fine-tuning under a fixed mask) and in ``bias``.
 
     Args:
-        x: fp32, fp16 or bf16 [..., K]; may be empty, of any strides. fp32 on the CPU only.
+        x: fp32, fp16 or bf16 [..., K]; may be empty, of any strides.
         values: of the dtype of x [N, K/2], contiguous; from :func:`sparse24_compress`.
         meta: uint8 [N, ceil(K/32)·4].
         bias: fp32, fp16 or bf16 [N].
@@ -140,7 +141,7 @@ def sparse24_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: no kernels for the device of x, or for fp32 there.
+        RuntimeError: no kernels for the device of x.
 
     Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
     """
@@ -253,12 +254,11 @@ def sparse24_int4_linear(
         W = sparse24_decompress(int4_dequantize(qvalues, scales, zeros, k=K/2, ...), meta)
 
     Weights and places are 0.75 of the bytes of a dense 4-bit weight. The arithmetic is that of
-    :func:`int4_linear`: on the CPU exact products of digits of x, on CUDA fp32 sums of 16-bit
-    products. Differentiable in x and in ``bias``.
+    :func:`int4_linear`: on the CPU exact products of digits of x, on CUDA fp32 sums of
+    products in the dtype of x. Differentiable in x and in ``bias``.
 
     Args:
-        x: fp32, fp16 or bf16 [..., K], K a multiple of 4; may be empty, of any strides. fp32 on the
-            CPU only.
+        x: fp32, fp16 or bf16 [..., K], K a multiple of 4; may be empty, of any strides.
         qvalues: int32 [N, ceil(K/2 · bits / 32)], contiguous, from :func:`int4_pack`.
         meta: uint8 [N, ceil(K/32)·4].
         scales: fp16, bf16 or fp32 [N, G], G = ceil(K / group_size).
@@ -272,8 +272,7 @@ def sparse24_int4_linear(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a zero point out of range, on the CPU; no kernels for the device of x, or for
-            fp32 there.
+        RuntimeError: a zero point out of range, on the CPU; no kernels for the device of x.
 
     Source: Frantar and Alistarh, "SparseGPT", 2023, and Frantar et al., "MARLIN", 2024 (the joint
     format); Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
