@@ -26,6 +26,9 @@ for op in int8 int4 sparse24 sampling cache; do
 done
 # Where dequantizing for torch's product overtakes int4_gemm: kInt4DequantizeFrom, projected as 512.
 "$python" -m bench int4 --device cuda --m 128,256,384,511 2>&1 | tee "$out/int4_crossover.log"
+# Where decompressing for torch's product overtakes sparse24_gemm: sparse24_dense_from, never so far.
+PUMICE_SPARSE24_DENSE_FROM=1 "$python" -m bench sparse24 --device cuda --m 128,256,512,1024,4096 \
+  2>&1 | tee "$out/sparse24_dense.log"
 "$python" -m bench attention --device cuda --record --png "$out/attention.png"
 "$python" -m bench paged --device cuda --record --png "$out/paged.png"
 "$python" -m bench readme
