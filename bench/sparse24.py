@@ -75,8 +75,6 @@ def torch_semi_structured(inputs: Inputs) -> Contender:
 def pumice_float(inputs: Inputs) -> Contender:
     from pumice.ops import sparse24_compress, sparse24_linear
 
-    if inputs.x.device.type != "cpu" and inputs.x.dtype == torch.float32:
-        raise UnavailableError("float32 on the CPU only")
     weights = [sparse24_compress(w) for w in inputs.weights]
     return lambda i: sparse24_linear(inputs.x, *weights[i % len(weights)])
 
@@ -122,8 +120,6 @@ def pumice_int4_dense(inputs: Inputs) -> Contender:
 def pumice_int4(inputs: Inputs) -> Contender:
     from pumice.ops import int4_pack, sparse24_compress, sparse24_gather, sparse24_int4_linear
 
-    if inputs.x.device.type != "cpu" and inputs.x.dtype == torch.float32:
-        raise UnavailableError("float32 on the CPU only")
     weights = []
     for i, w in enumerate(inputs.weights):
         meta = sparse24_compress(w)[1]
