@@ -185,7 +185,7 @@ void panels(const Sparse24Int8LinearArgs& args, Tensor& y) {
   job.prepared = workspace.at<uint8_t>(prepared);
   for_rows(job.m, job.k, [&](int64_t begin, int64_t end) { kernels.prepare(job, begin, end); });
 
-  const int64_t rows = std::min(kernels.rows, job.m), columns = kernels.columns;
+  const int64_t rows = ceil_div(job.m, ceil_div(job.m, kernels.rows)), columns = kernels.columns;
   const int64_t across = ceil_div(job.n, columns);
   const int64_t grain = ceil_div(64 * kGrain, rows * columns * job.k);
   parallel_for(0, ceil_div(job.m, rows) * across, grain, [&](int64_t begin, int64_t end) {

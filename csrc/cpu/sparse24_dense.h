@@ -17,7 +17,7 @@ void decompress_rows(const Sparse24Weight& weight, int64_t element, void* w, int
 void multiply_decompressed(const Sparse24LinearArgs& args, const std::optional<Tensor>& bias,
                            Tensor& y);
 
-// The tiles of int8_linear.
+// The tiles of int8_linear, where there are no panels of 2:4 weights.
 void multiply_decompressed(const Sparse24Int8LinearArgs& args, Tensor& y);
 
 // The panels of int4_linear, for 4-bit weights whose zero points are integers.

@@ -3,9 +3,9 @@
 // instruction set gives
 //
 //   PanelElement, prepare_element   what the kernel keeps of an element of q
-//   kTileRows           rows of x whose sums stay in registers
+//   kTileRows           at most so many rows of x have their sums in registers
 //   Step, decode        where the kept weights stood, as the shuffles of x take it, and the weights
-//   add_products        sums[i] += Σ picked · weights of kRows rows of x, in the lanes
+//   add_step            sums[i] += Σ picked · weights of a step, of kRows rows of x, in the lanes
 //   add_correction, exact_sums      what is taken off the sums in the end
 #pragma once
 

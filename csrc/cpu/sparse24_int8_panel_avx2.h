@@ -51,26 +51,20 @@ inline void decode(__m256i meta, const __m256i (&values)[kWordSteps], Step* step
   }
 }
 
+// x: the columns of the step, of rows `stride` apart.
 template <int kRows>
-inline void add_products(const Step* steps, int64_t count, const PanelElement* x, int64_t stride,
-                         __m256i* sums) {
-  __m256i acc[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r] = sums[r];
-  for (int64_t s = 0; s < count; ++s, x += kStepColumns) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i columns = _mm256_broadcastsi128_si256(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + r * stride)));
+inline __attribute__((always_inline)) void add_step(const Step& step, const PanelElement* x,
+                                                    int64_t stride, __m256i (&sums)[kRows]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const __m256i columns = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + r * stride)));
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const __m256i picked = _mm256_shuffle_epi8(columns, steps[s].of[j].index);
-        acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(picked, steps[s].of[j].values));
-      }
+    for (int i = 0; i < 2; ++i) {
+      const __m256i picked = _mm256_shuffle_epi8(columns, step.of[i].index);
+      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(picked, step.of[i].values));
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sums[r] = acc[r];
 }
 
 inline __m256i add_correction(__m256i sum, const __m256i (& /*values*/)[kWordSteps]) { return sum; }

@@ -63,34 +63,16 @@ inline void decode(__m512i meta, const __m512i (&values)[kWordSteps], Step* step
   }
 }
 
+// x: the columns of the step, of rows `stride` apart.
 template <int kRows>
-inline void add_products(const Step* steps, int64_t count, const PanelElement* x, int64_t stride,
-                         __m512i* sums) {
-  // A sum must wait four cycles for its predecessor: few rows take two sums each.
-  constexpr int kChains = kRows >= 4 ? 1 : 2;
-  __m512i acc[kRows][kChains];
+inline __attribute__((always_inline)) void add_step(const Step& step, const PanelElement* x,
+                                                    int64_t stride, __m512i (&sums)[kRows]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    acc[r][0] = sums[r];
-    if constexpr (kChains == 2) acc[r][1] = _mm512_setzero_si512();
-  }
-  for (int64_t s = 0; s < count; s += 2, x += 2 * kStepColumns) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const __m512i index = steps[s + i].index, values = steps[s + i].values;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        int64_t columns;
-        std::memcpy(&columns, x + r * stride + i * kStepColumns, sizeof(columns));
-        const __m512i picked = _mm512_shuffle_epi8(_mm512_set1_epi64(columns), index);
-        acc[r][i % kChains] = _mm512_dpbusd_epi32(acc[r][i % kChains], picked, values);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    sums[r] = acc[r][0];
-    if constexpr (kChains == 2) sums[r] = _mm512_add_epi32(acc[r][0], acc[r][1]);
+    int64_t columns;
+    std::memcpy(&columns, x + r * stride, sizeof(columns));
+    const __m512i picked = _mm512_shuffle_epi8(_mm512_set1_epi64(columns), step.index);
+    sums[r] = _mm512_dpbusd_epi32(sums[r], picked, step.values);
   }
 }
 
