@@ -242,8 +242,10 @@ def test_rows_of_no_sequence(backend: Backend) -> None:
     assert torch.equal(out[2:5].cpu(), run(backend, given)[0][0])
 
 
-def test_threads_do_not_matter() -> None:
-    given = inputs(PagedCase(lengths=((1, 3000), (30, 90)), heads=8, kv_heads=2, dim=64,
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (10, 5), (48, 6)])
+def test_threads_do_not_matter(heads: int, kv_heads: int) -> None:
+    """Nor how many KV heads a task takes, which they decide."""
+    given = inputs(PagedCase(lengths=((1, 3000), (30, 90)), heads=heads, kv_heads=kv_heads, dim=64,
                              value_dim=64, dtype=torch.bfloat16))  # fmt: skip
     from backends import backend_named
 
