@@ -122,10 +122,11 @@ def sparse24_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None
     summed in fp32, rounded once to the dtype of x. With few rows only the kept weights and their
     places are read, 1/2 + 1/16 of the bytes of a 16-bit matrix; with more the weight is multiplied
     by the sparse tensor cores (CUDA; in fp32 by the ordinary ones, from 64 rows on by torch's
-    product with the weight written out), or chunks of it are written out in caches (CPU), where a
-    row's bits may then depend on how many rows there are. A NaN or an infinity in x reaches every
-    output whose weight keeps its column, and it may reach others of its row, as 0 · NaN; other rows
-    are unharmed.
+    product with the weight written out), or by vectors of its rows (CPU), where a row's bits may
+    then differ from those it has among few. In bf16 a CPU's instruction for it takes what is below
+    2^-126 as zero, as torch's product does. A NaN or an infinity in x reaches every output whose
+    weight keeps its column, and it may reach others of its row, as 0 · NaN; other rows are
+    unharmed.
 
     Differentiable in x (dx = dy · W, W written out for the while), in ``values`` (the product
     dyᵀ · x at the kept places: fine-tuning under a fixed mask) and in ``bias``.
