@@ -13,7 +13,7 @@ set(PUMICE_CPU_ISA_SOURCES csrc/cpu/attention_backward.cpp csrc/cpu/attention_fo
     csrc/cpu/int8_quantize.cpp csrc/cpu/paged_append.cpp
     csrc/cpu/sampling_rows.cpp csrc/cpu/sampling_verify.cpp
     csrc/cpu/sparse24_few_rows.cpp csrc/cpu/sparse24_float_panel.cpp
-    csrc/cpu/sparse24_int4_few_rows.cpp
+    csrc/cpu/sparse24_int4_panel.cpp
     csrc/cpu/sparse24_int8_few_rows.cpp csrc/cpu/sparse24_int8_panel.cpp
     csrc/cpu/sparse24_weight.cpp)
 

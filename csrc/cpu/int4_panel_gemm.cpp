@@ -17,6 +17,7 @@
 #include "cpu/int4_activations.h"
 #include "cpu/int4_kernels.h"
 #include "cpu/int4_panel.h"
+#include "cpu/int4_panel_columns.h"
 
 namespace pumice::cpu::PUMICE_ISA {
 
@@ -40,50 +41,15 @@ int64_t scratch(const Int4DigitJob& job) {
   return (2 * job.weight.groups + kMaxDigitRows) * kPanel + kNibbleFloats;
 }
 
-void load_parameters(const IntnWeight& weight, Panel& panel) {
-  for (int64_t group = 0; group < weight.groups; group += kPanel) {
-    const int64_t count = std::min<int64_t>(kPanel, weight.groups - group);
-    Lanes scales[kPanel], zeros[kPanel];
-    for (int i = 0; i < kPanel; ++i) {
-      const int64_t n = std::min<int64_t>(panel.begin + i, weight.n - 1);
-      const int64_t at = n * weight.groups + group;
-      scales[i] = load_floats(weight.scales, weight.scale_dtype, at, count);
-      if (weight.zero_kind == ZeroKind::kInteger) {
-        zeros[i] = load_bytes(static_cast<const uint8_t*>(weight.zeros) + at, count);
-      } else if (weight.zero_kind == ZeroKind::kFloat) {
-        zeros[i] = load_floats(weight.zeros, weight.scale_dtype, at, count);
-      }
-    }
-    transpose_floats(scales);
-    if (weight.zero_kind == ZeroKind::kMiddle) {
-      std::fill_n(zeros, kPanel, broadcast(IntnLayout<4>::kMiddle));
-    } else {
-      transpose_floats(zeros);
-    }
-    std::copy_n(scales, count, panel.scales + group);
-    std::copy_n(zeros, count, panel.zeros + group);
-  }
-}
-
 // sums[m] = bias + extra[m] · extra_weight^T
 void begin_sums(const Int4Epilogue& epilogue, int64_t m_begin, int64_t m_end, Panel& panel) {
-  alignas(64) float column[kPanel] = {};
-  const auto load_column = [&](const void* data, DType dtype, int64_t stride, int64_t offset) {
-    for (int i = 0; i < panel.count; ++i) {
-      column[i] = load_element(data, dtype, (panel.begin + i) * stride + offset);
-    }
-    Lanes lanes;
-    std::memcpy(&lanes, column, sizeof(lanes));
-    return lanes;
-  };
-  const VectorView& bias = epilogue.bias;
-  std::fill_n(panel.sums, m_end - m_begin,
-              bias.data ? load_column(bias.data, bias.dtype, 1, 0) : broadcast(0.0f));
+  std::fill_n(panel.sums, m_end - m_begin, load_bias(epilogue.bias, panel.begin, panel.count));
   const int64_t outliers = epilogue.outlier_weight.columns, extras = epilogue.extras();
   for (int64_t j = 0; j < extras; ++j) {
     const MatrixView& factor = j < outliers ? epilogue.outlier_weight : epilogue.lora_b;
+    const int64_t column = j < outliers ? j : j - outliers, stride = factor.columns;
     const Lanes weights =
-        load_column(factor.data, factor.dtype, factor.columns, j < outliers ? j : j - outliers);
+        load_column(factor.data, factor.dtype, panel.begin * stride + column, stride, panel.count);
     for (int64_t m = m_begin; m < m_end; ++m) {
       Lanes& sum = panel.sums[m - m_begin];
       sum = multiply_add(broadcast(epilogue.extra[m * extras + j]), weights, sum);
@@ -148,14 +114,8 @@ void add_block(const Int4DigitJob& job, int64_t block, int64_t m_begin, int64_t 
 void store_sums(const Int4DigitJob& job, int64_t m_begin, int64_t m_end, const Panel& panel) {
   const Int4Epilogue& epilogue = job.epilogue;
   for (int64_t m = m_begin; m < m_end; ++m) {
-    alignas(64) float values[kPanel];
-    std::memcpy(values, &panel.sums[m - m_begin], sizeof(values));
-    for (int i = 0; i < panel.count; i += 4) {
-      Float4 four;
-      std::memcpy(&four, values + i, sizeof(four));
-      store_four(epilogue.y, epilogue.y_dtype, m * epilogue.y_stride + panel.begin + i,
-                 std::min(4, panel.count - i), four);
-    }
+    store_columns(epilogue.y, epilogue.y_dtype, m * epilogue.y_stride + panel.begin, panel.count,
+                  panel.sums[m - m_begin]);
   }
 }
 
@@ -173,7 +133,8 @@ void gemm(const Int4DigitJob& job, float* memory, int64_t m_begin, int64_t m_end
     for (int i = 0; i < kPanel; ++i) {
       panel.rows[i] = weight.qweight + std::min<int64_t>(panel.begin + i, weight.n - 1) * row_words;
     }
-    load_parameters(weight, panel);
+    load_scales(weight, panel.begin, panel.scales);
+    load_zeros(weight, panel.begin, panel.zeros);
     begin_sums(job.epilogue, m_begin, m_end, panel);
     // Memory is the limit at small M, and hardware prefetchers stop at the end of a page: the next
     // panel is fetched into L2 while this one is multiplied. At the end there is none.

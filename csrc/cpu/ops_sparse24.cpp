@@ -216,7 +216,10 @@ Tensor sparse24_int8_linear(Tensor q, Tensor scale, Tensor values, Tensor meta, 
   return y;
 }
 
-void few_rows(const Sparse24Int4LinearArgs& args, Tensor& y) {
+// Blocks of rows whose digits stay in L2 times panels of columns, spread over the threads.
+void panels(const Sparse24Int4LinearArgs& args, Tensor& y) {
+  constexpr int64_t kColumns = 16;
+  constexpr int64_t kRowBlockBytes = 512 * 1024;
   const Sparse24Int4Kernels& kernels = sparse24_int4_kernels();
   Sparse24Int4Job job{};
   job.x = args.x.const_data_ptr();
@@ -229,18 +232,31 @@ void few_rows(const Sparse24Int4LinearArgs& args, Tensor& y) {
   job.k = args.k;
   job.planes = planes_of(args.dtype, false);
   Workspace workspace;
-  const size_t digits = workspace.reserve<int8_t>(job.m * kernels.digits_row(job.k, job.planes));
-  const size_t scales = workspace.reserve<float>(job.m * kernels.scales_row(job.k));
-  const size_t scratch = workspace.reserve<float>(kernels.scratch(job));
+  const size_t digits = workspace.reserve<uint8_t>(job.m * job.digits_row());
+  const size_t scales = workspace.reserve<float>(job.m * job.blocks());
   workspace.allocate(args.x);
-  job.digits = workspace.at<int8_t>(digits);
+  job.digits = workspace.at<uint8_t>(digits);
   job.scales = workspace.at<float>(scales);
-  kernels.prepare(job, workspace.at<float>(scratch));
-  for_columns(job.kept.n, job.m * job.k, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kRows = kSparseTileMultiple;
+  for_rows(ceil_div(job.m, kRows), kRows * job.k, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(job.blocks() * kActivationBlock));
+    kernels.prepare(job, row.data(), begin * kRows, std::min(end * kRows, job.m));
+  });
+
+  const int64_t fitting = kRowBlockBytes / job.digits_row() / kRows * kRows;
+  const int64_t row_block = std::min(job.m, std::clamp(fitting, kRows, kMaxDigitRows));
+  const int64_t columns = ceil_div(job.kept.n, kColumns);
+  const int64_t grain = ceil_div(64 * kGrain, row_block * kColumns * job.k);
+  parallel_for(0, ceil_div(job.m, row_block) * columns, grain, [&](int64_t begin, int64_t end) {
     Workspace memory;
-    const size_t floats = memory.reserve<float>(kernels.scratch(job));
+    const size_t scratch = memory.reserve<float>(kernels.scratch(job));
     memory.allocate(args.x);
-    kernels.gemm(job, memory.at<float>(floats), begin, end);
+    for (int64_t i = begin, last; i < end; i = last) {  // panels of one block of rows at a time
+      last = std::min(end, (i / columns + 1) * columns);
+      const int64_t m = i / columns * row_block, n = i % columns * kColumns;
+      kernels.gemm(job, memory.at<float>(scratch), m, std::min(m + row_block, job.m), n,
+                   std::min(n + (last - i) * kColumns, job.kept.n));
+    }
   });
 }
 
@@ -252,10 +268,8 @@ Tensor sparse24_int4_linear(Tensor x, Tensor qvalues, Tensor meta, Tensor scales
   check_zeros("pumice::sparse24_int4_linear", args.kept);
   Tensor y = new_empty(x, shape_with_last(x, args.kept.n));
   if (args.m == 0) return y;
-  if (bits == 4 && args.m <= sparse24_int4_kernels().few_rows) {
-    few_rows(args, y);
-  } else if (bits == 4 && int4_panel_kernels().exist && args.kept.zero_kind != ZeroKind::kFloat) {
-    multiply_decompressed(args, y);
+  if (bits == 4 && sparse24_int4_kernels().exist) {
+    panels(args, y);
   } else {
     multiply_dequantized(args, bias, y);
   }

@@ -20,9 +20,6 @@ void multiply_decompressed(const Sparse24LinearArgs& args, const std::optional<T
 // The tiles of int8_linear, where there are no panels of 2:4 weights.
 void multiply_decompressed(const Sparse24Int8LinearArgs& args, Tensor& y);
 
-// The panels of int4_linear, for 4-bit weights whose zero points are integers.
-void multiply_decompressed(const Sparse24Int4LinearArgs& args, Tensor& y);
-
 // Weights of any width and zero points, in fp32.
 void multiply_dequantized(const Sparse24Int4LinearArgs& args, const std::optional<Tensor>& bias,
                           Tensor& y);

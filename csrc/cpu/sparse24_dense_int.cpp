@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
-#include "cpu/int4_operator.h"
 #include "cpu/sparse24_dense.h"
 #include "cpu/workspace.h"
 
@@ -74,49 +73,6 @@ void multiply_decompressed(const Sparse24Int8LinearArgs& args, Tensor& y) {
       kernels.gemm(part, m, std::min(m + row_block, job.m), 0, part.n);
     }
   });
-}
-
-void multiply_decompressed(const Sparse24Int4LinearArgs& args, Tensor& y) {
-  const Int4DigitKernels& kernels = int4_panel_kernels();
-  const Int4Activations x{args.x.const_data_ptr(), args.dtype, args.m, args.k, nullptr, nullptr};
-  IntnWeight dense = args.kept;  // of its scales and zeros nothing moves
-  dense.k = args.k;
-  dense.group_size = 2 * args.kept.group_size;
-  const Segments segments(dense);
-  Int4DigitJob job = digit_job(segments, x, planes_of(args.dtype, false));
-  Workspace workspace;
-  const size_t digits = workspace.reserve<int32_t>(x.m * job.digits_per_row());
-  const size_t statistics = workspace.reserve<float>(x.m * job.statistics_per_row());
-  workspace.allocate(args.x);
-  job.digits = workspace.at<int32_t>(digits);
-  job.statistics = workspace.at<float>(statistics);
-  for_rows(ceil_div(x.m, kTileRows), kTileRows * x.k, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(static_cast<size_t>(job.blocks * kActivationBlock));
-    kernels.prepare(job, row.data(), begin * kTileRows, std::min(end * kTileRows, x.m));
-  });
-
-  const int64_t fitting = kRowBlockBytes / (x.k * job.planes) / kTileRows * kTileRows;
-  const int64_t row_block = std::clamp(fitting, kTileRows, kMaxDigitRows);
-  const int64_t weight_bytes = kColumnChunk * intn_words(x.k, 4) * int64_t{sizeof(uint32_t)};
-  job.weight = dense;
-  const int64_t scratch = kernels.scratch(job) * int64_t{sizeof(float)};
-  for_chunks(dense.n, x.m * x.k, weight_bytes + scratch, args.x,
-             [&](int64_t begin, int64_t end, char* memory) {
-               uint32_t* qweight = reinterpret_cast<uint32_t*>(memory + scratch);
-               sparse24_weight_kernels().decompress_nibbles(args.kept, args.meta, qweight, begin,
-                                                            end);
-               Int4DigitJob part = job;
-               part.weight = rows_from(dense, begin, end - begin);
-               part.weight.qweight = qweight;
-               part.epilogue.bias = columns_from(args.bias, begin);
-               part.epilogue.y = column_of(y, begin);
-               part.epilogue.y_dtype = args.dtype;
-               part.epilogue.y_stride = dense.n;
-               for (int64_t m = 0; m < x.m; m += row_block) {
-                 kernels.gemm(part, reinterpret_cast<float*>(memory), m,
-                              std::min(m + row_block, x.m), 0, end - begin);
-               }
-             });
 }
 
 }  // namespace pumice::cpu

@@ -1,9 +1,8 @@
 // Rows of 2:4 weights written out with the vector unit. One header for each instruction set gives
 //
 //   expand_groups<element>   groups of four elements of 1, 2 or 4 bytes from their kept pairs
-//   expand_nibbles           groups of four packed nibbles from their kept bytes
 //
-// both as far as whole registers go: they return how many groups are written.
+// as far as whole registers go: it returns how many groups are written.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +20,6 @@ namespace {
 template <int kElement>
 inline int64_t expand_groups(const uint8_t* /*values*/, const uint8_t* /*meta*/, int64_t /*groups*/,
                              uint8_t* /*w*/) {
-  return 0;
-}
-
-inline int64_t expand_nibbles(const uint8_t* /*pairs*/, const uint8_t* /*meta*/, int64_t /*groups*/,
-                              uint32_t /*zero*/, uint16_t* /*fours*/) {
   return 0;
 }
 

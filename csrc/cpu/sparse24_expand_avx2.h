@@ -99,26 +99,5 @@ inline int64_t expand_groups(const uint8_t* values, const uint8_t* meta, int64_t
   return g;
 }
 
-// What differs from the zero point is shifted into a word of zero points.
-inline int64_t expand_nibbles(const uint8_t* pairs, const uint8_t* meta, int64_t groups,
-                              uint32_t zero, uint16_t* fours) {
-  const __m256i flip = _mm256_set1_epi32(static_cast<int>(zero * 0x11u));
-  const __m256i zeros = _mm256_set1_epi32(static_cast<int>(zero * 0x1111u));
-  int64_t g = 0;
-  for (; g + 8 <= groups; g += 8) {
-    const __m256i bytes = _mm256_xor_si256(
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pairs + g))), flip);
-    const Shifts shifts = byte_shifts(meta + g / 2);  // of nibbles half as far
-    const __m256i first = _mm256_sllv_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)),
-                                            _mm256_srli_epi32(shifts.first, 1));
-    const __m256i second =
-        _mm256_sllv_epi32(_mm256_srli_epi32(bytes, 4), _mm256_srli_epi32(shifts.second, 1));
-    const __m256i four = _mm256_xor_si256(_mm256_or_si256(first, second), zeros);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(four, four), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(fours + g), _mm256_castsi256_si128(packed));
-  }
-  return g;
-}
-
 }  // namespace
 }  // namespace pumice::cpu::PUMICE_ISA

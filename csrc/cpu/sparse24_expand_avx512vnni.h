@@ -100,33 +100,5 @@ inline int64_t expand_groups(const uint8_t* values, const uint8_t* meta, int64_t
   return expand(values, meta, groups, w);
 }
 
-// Eight or 32 groups, a group a 16-bit lane: what differs from the zero point is shifted into a
-// word of zero points.
-inline __m512i expand_nibbles(__m512i pairs, __m512i nibbles, __m512i flip, __m512i zeros) {
-  const __m512i places = _mm512_set1_epi16(3 << 2);
-  const __m512i bytes = _mm512_xor_si512(pairs, flip);
-  const __m512i first = _mm512_sllv_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(15)),
-                                          _mm512_and_si512(_mm512_slli_epi16(nibbles, 2), places));
-  const __m512i second =
-      _mm512_sllv_epi16(_mm512_srli_epi16(bytes, 4), _mm512_and_si512(nibbles, places));
-  return _mm512_xor_si512(_mm512_or_si512(first, second), zeros);
-}
-
-inline int64_t expand_nibbles(const uint8_t* pairs, const uint8_t* meta, int64_t groups,
-                              uint32_t zero, uint16_t* fours) {
-  const __m512i flip = _mm512_set1_epi16(static_cast<int16_t>(zero * 0x11u));
-  const __m512i zeros = _mm512_set1_epi16(static_cast<int16_t>(zero * 0x1111u));
-  for (int64_t g = 0; g < groups; g += 32) {
-    const int64_t count = groups - g < 32 ? groups - g : 32;
-    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << count) - 1);
-    const __mmask16 bytes = static_cast<__mmask16>((1u << (count + 1) / 2) - 1u);
-    const __m512i word = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, pairs + g));
-    const __m512i meta_bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(bytes, meta + g / 2));
-    const __m512i nibbles = _mm512_or_si512(meta_bytes, _mm512_slli_epi32(meta_bytes, 12));
-    _mm512_mask_storeu_epi16(fours + g, mask, expand_nibbles(word, nibbles, flip, zeros));
-  }
-  return groups;
-}
-
 }  // namespace
 }  // namespace pumice::cpu::PUMICE_ISA

@@ -13,6 +13,7 @@
 
 #include "common/intn_layout.h"
 #include "common/sparse24_layout.h"
+#include "cpu/int4_kernels.h"
 
 namespace pumice::cpu {
 
@@ -28,11 +29,6 @@ struct Sparse24WeightKernels {
   // Row begin of the matrix goes to the beginning of w.
   void (*decompress_rows)(const void* values, const uint8_t* meta, int64_t element, int64_t k,
                           void* w, int64_t begin, int64_t end);
-  // Rows of packed 4-bit weights, [N, K/8] words from `kept` [N, K/2], with the zero point of its
-  // group where nothing was kept, so that they weigh nothing. Zero points are integers. Row begin
-  // goes to the beginning of qweight.
-  void (*decompress_nibbles)(const IntnWeight& kept, const uint8_t* meta, uint32_t* qweight,
-                             int64_t begin, int64_t end);
 };
 
 // y[m,n] = Σ_j x[m,c(n,j)] · values[n,j] + bias[n] of floating-point weights.
@@ -124,19 +120,26 @@ struct Sparse24Int4Job {
   VectorView bias;
   void* y;  // [M, N]
   int64_t m, k;
-  int planes;      // digits of an activation: 2 or 4
-  int8_t* digits;  // [M, digits_row()]
-  float* scales;   // [M, scales_row()], of the digits
+  int planes;       // digits of an activation: 2 or 4
+  uint8_t* digits;  // [M, digits_row()]
+  float* scales;    // [M, blocks()], of the digits
+
+  int64_t blocks() const { return (k + kActivationBlock - 1) / kActivationBlock; }
+  int64_t digits_row() const { return blocks() * planes * kActivationBlock; }
 };
 
+// Rows of x are prepared, and blocks of them multiplied, from multiples of so many on.
+constexpr int64_t kSparseTileMultiple = 8;
+
 struct Sparse24Int4Kernels {
-  int64_t few_rows;  // 0 where the instruction set has no such kernel
-  int64_t (*digits_row)(int64_t k, int planes);
-  int64_t (*scales_row)(int64_t k);
-  // Floats of scratch memory that prepare and gemm need.
+  bool exist;  // on this instruction set
+  // Digits and scales of rows [begin, end); `row` is room for blocks() · kActivationBlock floats.
+  void (*prepare)(const Sparse24Int4Job& job, float* row, int64_t begin, int64_t end);
+  // The block of y of rows [m_begin, m_end), at most kMaxDigitRows, and of columns [n_begin,
+  // n_end), n_begin a multiple of 16; `scratch` is room for scratch() floats.
+  void (*gemm)(const Sparse24Int4Job& job, float* scratch, int64_t m_begin, int64_t m_end,
+               int64_t n_begin, int64_t n_end);
   int64_t (*scratch)(const Sparse24Int4Job& job);
-  void (*prepare)(const Sparse24Int4Job& job, float* scratch);
-  void (*gemm)(const Sparse24Int4Job& job, float* scratch, int64_t begin, int64_t end);
 };
 
 #define PUMICE_DECLARE_SPARSE24_KERNELS(isa)                           \

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/int4_dequantize.h"
 #include "cpu/sparse24_expand.h"
 #include "cpu/sparse24_kernels.h"
 
@@ -116,41 +115,8 @@ void decompress_rows(const void* values, const uint8_t* meta, int64_t element, i
   });
 }
 
-// A byte of packed weights is a group: two kept nibbles, which become four of 16 bits.
-void decompress_nibbles(const IntnWeight& kept, const uint8_t* meta, uint32_t* qweight,
-                        int64_t begin, int64_t end) {
-  const int64_t k = 2 * kept.k, groups = k / kSparse24Group;
-  const int64_t in_words = intn_words(kept.k, 4), out_words = intn_words(k, 4);
-  const int64_t group_quads = kept.group_size / 2;  // groups of four that share a zero point
-  for (int64_t n = begin; n < end; ++n) {
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(kept.qweight + n * in_words);
-    const uint8_t* places = meta + n * sparse24_meta_bytes(k);
-    uint16_t* out = reinterpret_cast<uint16_t*>(qweight + (n - begin) * out_words);
-    if (n + kAhead < end) {
-      fetch(bytes, in_words * 4, kAhead * in_words * 4);
-      fetch(places, sparse24_meta_bytes(k), kAhead * sparse24_meta_bytes(k));
-    }
-    for (int64_t first = 0; first < groups; first += group_quads) {
-      const int64_t last = std::min(first + group_quads, groups);
-      const float zero_point = group_parameters(kept, n, first / group_quads).zero;
-      const uint32_t zero = static_cast<uint32_t>(zero_point);
-      int64_t g = first + expand_nibbles(bytes + first, places + first / 2, last - first, zero,
-                                         out + first);
-      for (; g < last; ++g) {
-        // What differs from the zero point is shifted into a word of zero points.
-        const uint32_t nibble = places[g / 2] >> (4 * (g % 2)), pair = bytes[g] ^ zero * 0x11u;
-        const uint32_t four = (pair & 15) << (4 * (nibble & 3)) | (pair >> 4)
-                                                                      << (4 * (nibble >> 2 & 3));
-        out[g] = static_cast<uint16_t>(four ^ zero * 0x1111u);
-      }
-    }
-    if (groups % 2) out[groups] = 0;  // the last word is half full
-  }
-}
-
 }  // namespace
 
-const Sparse24WeightKernels sparse24_weight_kernels = {compress_rows, gather_rows, decompress_rows,
-                                                       decompress_nibbles};
+const Sparse24WeightKernels sparse24_weight_kernels = {compress_rows, gather_rows, decompress_rows};
 
 }  // namespace pumice::cpu::PUMICE_ISA

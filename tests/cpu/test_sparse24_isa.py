@@ -18,6 +18,7 @@ FILES = (
     "test_sparse24_linear.py",
     "test_sparse24_int8.py",
     "test_sparse24_cpu_panels.py",
+    "test_sparse24_int4_panels.py",
 )
 
 
