@@ -135,7 +135,7 @@ def onnxruntime_matmul(inputs: Inputs, accuracy_level: int) -> Contender:
 
     def session(q: torch.Tensor, scales: torch.Tensor) -> Any:
         blob = (q[:, 0::2] | (q[:, 1::2] << 4)).reshape(n, k // GROUP, GROUP // 2)
-        attributes = {"K": k, "N": n, "bits": 4, "block_size": GROUP}
+        attributes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": GROUP}
         node = helper.make_node(
             "MatMulNBits",
             ["x", "b", "s"],
