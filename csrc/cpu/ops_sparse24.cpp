@@ -1,5 +1,5 @@
 // The 2:4 operators on the CPU: arguments, workspace and threads; the arithmetic is in
-// sparse24_*.cpp and, with more rows of x than a few, in the dense kernels (sparse24_dense.h).
+// sparse24_*.cpp and, where those have no panels, in the dense kernels (sparse24_dense.h).
 #include <algorithm>
 #include <atomic>
 
@@ -70,6 +70,19 @@ void for_columns(int64_t n, int64_t work_of_column, const F& f) {
   });
 }
 
+Sparse24FloatJob job_of(const Sparse24LinearArgs& args, void* prepared, Tensor& y) {
+  return {args.x.const_data_ptr(),
+          args.weight.values,
+          args.weight.meta,
+          args.dtype,
+          args.bias,
+          y.mutable_data_ptr(),
+          args.m,
+          args.weight.n,
+          args.weight.k,
+          prepared};
+}
+
 void few_rows(const Sparse24LinearArgs& args, Tensor& y) {
   const Sparse24FloatKernels& kernels = sparse24_float_kernels();
   const int64_t k = args.weight.k, row = kernels.prepared_row(k);
@@ -77,16 +90,7 @@ void few_rows(const Sparse24LinearArgs& args, Tensor& y) {
   const size_t prepared = workspace.reserve<float>(args.m * row);
   const size_t scratch = workspace.reserve<float>(row);
   workspace.allocate(args.x);
-  const Sparse24FloatJob job{args.x.const_data_ptr(),
-                             args.weight.values,
-                             args.weight.meta,
-                             args.dtype,
-                             args.bias,
-                             y.mutable_data_ptr(),
-                             args.m,
-                             args.weight.n,
-                             k,
-                             workspace.at<float>(prepared)};
+  const Sparse24FloatJob job = job_of(args, workspace.at<float>(prepared), y);
   kernels.prepare(job, workspace.at<float>(scratch));
   for_columns(job.n, job.m * k, [&](int64_t begin, int64_t end) { kernels.gemm(job, begin, end); });
 }
@@ -101,16 +105,7 @@ void panels(const Sparse24LinearArgs& args, Tensor& y) {
   Workspace workspace;
   const size_t prepared = workspace.reserve<char>(args.m * k * shape.element);
   workspace.allocate(args.x);
-  const Sparse24FloatJob job{args.x.const_data_ptr(),
-                             args.weight.values,
-                             args.weight.meta,
-                             args.dtype,
-                             args.bias,
-                             y.mutable_data_ptr(),
-                             args.m,
-                             args.weight.n,
-                             k,
-                             workspace.at<char>(prepared)};
+  const Sparse24FloatJob job = job_of(args, workspace.at<char>(prepared), y);
   for_rows(tiles, shape.tile_rows * k,
            [&](int64_t begin, int64_t end) { kernels.prepare(job, begin, end); });
   const int64_t columns = ceil_div(job.n, shape.columns);

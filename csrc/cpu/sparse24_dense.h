@@ -1,5 +1,6 @@
-// 2:4 products with more than a few rows of x: chunks of the weight are decompressed into memory
-// that stays in caches, and multiplied by the dense kernels there.
+// 2:4 products with more than a few rows of x where there are no panels (the portable kernels, and
+// packed weights of other widths than 4): chunks of the weight are decompressed into memory that
+// stays in caches, and multiplied by the dense kernels there.
 #pragma once
 
 #include <optional>
